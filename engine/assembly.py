@@ -1,0 +1,164 @@
+"""Assembly: from a configuration (and, in Python, model and dataset objects) to the parts of a run.
+
+Everything that can be wrong with the input is checked before a model's weights are read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine import zero
+from engine.backbone import read_model_config
+from engine.chat import check_same_vocabulary, stop_token_ids
+from engine.checkpoint import Checkpoints
+from engine.config import GKDConfig
+from engine.data import StepData, build_rows, eval_batches
+from engine.decoder import Sampling
+from engine.distributed import build_vocab_groups
+from engine.evaluation import Evaluator
+from engine.objective import Objective
+from engine.rollout import Rollout
+from engine.settings import resolve_deepspeed, teacher_settings
+from engine.student import Student, build_student
+from engine.teacher import Teacher, build_teacher
+from engine.tokenizer import load_tokenizer, prepare_tokenizer
+
+
+@dataclass
+class Inputs:
+    """What a run is given beside its configuration; None means the configuration names it."""
+
+    model: nn.Module | None = None
+    teacher_model: nn.Module | None = None
+    tokenizer: Any = None
+    train_dataset: Any = None
+    eval_dataset: Any = None
+
+
+@dataclass
+class Run:
+    """The parts of a run, ready to train."""
+
+    config: GKDConfig
+    rank: int
+    world_size: int
+    device: torch.device
+    tokenizer: Any
+    student: Student
+    teacher: Teacher
+    objective: Objective
+    rollout: Rollout
+    data: StepData | None
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    resume_from: Path | None
+    num_steps: int
+    deepspeed_settings: dict[str, Any]
+
+
+def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
+    """Check the input, then build every part. All ranks must call.
+
+    Raises:
+        ValueError: for input that cannot work; see README, "Bad input".
+    """
+    device = zero.init_distributed(config.timeout_s)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    settings = resolve_deepspeed(config, world_size)
+    if config.teacher_placement == "zero3":
+        teacher_settings(config)
+    checkpoints = Checkpoints(config)
+    resume_from = checkpoints.find()
+    student_config, teacher_config = (
+        _model_config(given, name, field, config)
+        for given, name, field in (
+            (inputs.model, config.model_name_or_path, "model_name_or_path"),
+            (inputs.teacher_model, config.teacher_model_name_or_path, "teacher_model_name_or_path"),
+        )
+    )
+    shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
+    tokenizer = _tokenizer(config, inputs, shared_vocab_size)
+    data = evaluator_batches = None
+    if train:
+        rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank)
+        data = StepData(rows, config, world_size, rank)
+    if inputs.eval_dataset is not None or (inputs.train_dataset is None and _wants_evaluation(config, train)):
+        rows = build_rows(inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank)
+        evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
+    num_steps = count_steps(config, data) if train else 1
+
+    groups = build_vocab_groups(config.vocab_parallel_size, zero.ranks_per_node())
+    student = build_student(config, inputs.model, groups, shared_vocab_size, num_steps)
+    teacher = build_teacher(config, inputs.teacher_model, device)
+    objective = Objective(config, student.head, teacher.head, shared_vocab_size, device)
+    sampling = build_sampling(config, tokenizer, student.model, shared_vocab_size)
+    rollout = Rollout(config, sampling, rank, world_size, device)
+    evaluator = None
+    if evaluator_batches is not None:
+        evaluator = Evaluator(evaluator_batches, objective, rollout, student, teacher)
+    return Run(
+        config, rank, world_size, device, tokenizer, student, teacher, objective, rollout, data, evaluator,
+        checkpoints, resume_from, num_steps, settings,
+    )  # fmt: skip
+
+
+def _wants_evaluation(config: GKDConfig, train: bool) -> bool:
+    return not train or config.eval_steps is not None or config.eval_on_start
+
+
+def _model_config(model: nn.Module | None, name: str | None, field: str, config: GKDConfig) -> Any:
+    if model is not None:
+        return model.config
+    if name is None:
+        raise ValueError(f"{field} is not set, and no model object was given")
+    return read_model_config(name, config)
+
+
+def _tokenizer(config: GKDConfig, inputs: Inputs, shared_vocab_size: int) -> Any:
+    """The student's tokenizer, which the teacher must share."""
+    if inputs.tokenizer is not None:
+        tokenizer = prepare_tokenizer(inputs.tokenizer)
+    elif config.model_name_or_path is not None:
+        tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    else:
+        raise ValueError("a model object came without its tokenizer: pass processing_class=")
+    if len(tokenizer) > shared_vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids and the models share only {shared_vocab_size}: resize the smaller "
+            "model's embeddings, or use a teacher of the same family"
+        )
+    if inputs.teacher_model is None:
+        check_same_vocabulary(tokenizer, load_tokenizer(config.teacher_model_name_or_path, config.trust_remote_code))
+    return tokenizer
+
+
+def count_steps(config: GKDConfig, data: StepData) -> int:
+    """Optimizer steps of the run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * data.steps_per_epoch(data.global_batch))
+
+
+def build_sampling(config: GKDConfig, tokenizer: Any, model: nn.Module, shared_vocab_size: int) -> Sampling:
+    context_size = min(
+        config.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", config.max_length)
+    )
+    return Sampling(
+        stop_ids=tuple(stop_token_ids(tokenizer, model.generation_config.eos_token_id)),
+        vocab_size=min(shared_vocab_size, len(tokenizer)),
+        context_size=context_size,
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+    )

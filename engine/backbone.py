@@ -1,0 +1,96 @@
+"""A causal LM without its head: loading under ZeRO-3, and a module whose forward returns hidden states.
+
+Forwards are packed: position ids restart at each sequence and there is no attention mask, from which transformers
+builds the block-diagonal causal mask itself. Nothing here computes logits.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from engine.batch import PackedBatch
+from engine.config import GKDConfig
+
+
+class HiddenStates(nn.Module):
+    """Wraps a causal LM; forward returns the last hidden states at chosen packed positions, [N, H].
+
+    The whole model stays a submodule, head included, so that one ZeRO engine owns all of its parameters. It must be
+    called through that engine: around it, DeepSpeed's forward prologue is skipped and all but the last micro-batch's
+    gradient is dropped.
+    """
+
+    def __init__(self, causal_lm: nn.Module) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(
+        self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, positions_N: torch.Tensor
+    ) -> torch.Tensor:
+        output = self.causal_lm.base_model(
+            input_ids=input_ids_T[None], position_ids=position_ids_T[None], use_cache=False
+        )
+        return output.last_hidden_state[0].index_select(0, positions_N)
+
+
+def hidden_states(module: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """Hidden states that predict the batch's response tokens, [N, H]; `module` is a `HiddenStates` or its engine."""
+    return module(batch.input_ids_T, batch.position_ids_T, batch.predictor_N)
+
+
+def compute_dtype(config: GKDConfig) -> torch.dtype:
+    return torch.bfloat16 if config.bf16 else torch.float32
+
+
+def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] | None) -> nn.Module:
+    """Load a causal LM in the run's compute dtype; with ZeRO-3 settings, partitioned while it loads.
+
+    All ranks must call. Rank 0 reads the files and broadcasts one parameter at a time.
+
+    Raises:
+        ValueError: where there is no such model.
+    """
+    # transformers partitions inside from_pretrained while this object lives; afterwards it would switch generate's
+    # synced_gpus on by itself.
+    partitioning = nullcontext() if zero_settings is None else HfDeepSpeedConfig(zero_settings)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=compute_dtype(config),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
+        ) from error
+    finally:
+        del partitioning
+        unset_hf_deepspeed_config()
+
+
+def read_model_config(name: str, config: GKDConfig) -> Any:
+    """The model's configuration alone, to check vocabulary and head before any weight is read."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
+        ) from error
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Zero every dropout: modules, and the probabilities that attention layers keep as plain attributes."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,78 @@
+"""Typed batches.
+
+A `Sample` is one sequence on the host; a `PackedBatch` is a micro-batch on the device, packed without
+padding. Nothing here knows of models, ranks or losses.
+
+Shapes: B sequences, T packed positions (sum of the lengths), N response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: `input_ids` with the response tokens marked, and the prompt that a rollout starts from.
+
+    A prompts-only row has `input_ids == prompt_ids` and no response token.
+    """
+
+    prompt_ids: list[int]
+    input_ids: list[int]
+    response_mask: list[bool]
+    index: int
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(self.response_mask[1:])  # nothing predicts the first token
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch, packed: no padding, position ids restart at each sequence.
+
+    Attributes:
+        input_ids_T, position_ids_T: int64 [T].
+        predictor_N: int64 [N], packed positions whose hidden state predicts a response token.
+        target_ids_N: int64 [N], the response tokens.
+        sequence_N: int64 [N], the sequence that each response token belongs to, in 0..B-1.
+        offset_N: int64 [N], place of each response token among those of its sequence.
+        num_sequences: B.
+    """
+
+    input_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    predictor_N: torch.Tensor
+    target_ids_N: torch.Tensor
+    sequence_N: torch.Tensor
+    offset_N: torch.Tensor
+    num_sequences: int
+
+    @property
+    def num_response_tokens(self) -> int:
+        return self.target_ids_N.numel()
+
+
+def pack(samples: list[Sample], device: torch.device | str) -> PackedBatch:
+    """Concatenate samples into one row of positions.
+
+    Raises:
+        ValueError: for an empty list, or a sample without tokens.
+    """
+    if not samples or any(not sample.input_ids for sample in samples):
+        raise ValueError("pack: needs at least one sample, each with at least one token")
+    input_ids, position_ids, predictors, targets, sequences, offsets = [], [], [], [], [], []
+    for row, sample in enumerate(samples):
+        start = len(input_ids)
+        response = [i for i in range(1, len(sample.input_ids)) if sample.response_mask[i]]
+        input_ids += sample.input_ids
+        position_ids += range(len(sample.input_ids))
+        predictors += [start + i - 1 for i in response]
+        targets += [sample.input_ids[i] for i in response]
+        sequences += [row] * len(response)
+        offsets += range(len(response))
+    columns = (input_ids, position_ids, predictors, targets, sequences, offsets)
+    return PackedBatch(*(torch.tensor(c, dtype=torch.long, device=device) for c in columns), num_sequences=len(samples))

@@ -1,0 +1,202 @@
+"""The command line: `train`, `evaluate`, `export`. Every configuration field is a flag of its name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config import GKDConfig, config_from_dict
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the user's mistakes end in one line and exit status 2."""
+    if arguments[:1] == ["bench"]:
+        from engine.bench import main as bench
+
+        return bench(arguments[1:])
+    options, rest = build_parser().parse_known_args(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    # torch 2.13 deprecates the names of collectives that deepspeed 0.19.8 calls, at every call
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for noisy in ("DeepSpeed", "httpx", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return COMMANDS[options.command](options, parse_overrides(rest))
+    except ValueError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("GKD_TRACEBACK"):
+            raise
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine",
+        description="Generalized knowledge distillation on DeepSpeed ZeRO-3.",
+        epilog="On several ranks: deepspeed [launcher flags] --module engine train --config RECIPE [--field value]",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher puts it first
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "distil the teacher into the student"),
+        ("evaluate", "evaluate a student on the test split"),
+    ):
+        command = commands.add_parser(
+            name, help=text, epilog=describe_fields(), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("--config", type=Path, help="YAML file of fields; flags override it")
+        command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    export.add_argument("checkpoint", type=Path, help="a folder checkpoints/step_<N>")
+    export.add_argument("out", type=Path, help="the folder to write")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="dtype of the weights")
+    commands.add_parser("fields", help="print the table of configuration fields in Markdown")
+    commands.add_parser("bench", help="measure a part of the engine on this machine; bench --help", add_help=False)
+    return parser
+
+
+def describe_fields() -> str:
+    lines = ["fields (each one a flag, --field value):"]
+    for item in dataclasses.fields(GKDConfig):
+        default = item.default_factory() if item.default is dataclasses.MISSING else item.default
+        lines.append(f"  --{item.name} (default: {default})\n      {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def field_table() -> str:
+    """README's table of the fields, in Markdown; `python -m engine fields` prints it."""
+    lines = ["| field | default | |", "| --- | --- | --- |"]
+    for item in dataclasses.fields(GKDConfig):
+        default = item.default_factory() if item.default is dataclasses.MISSING else item.default
+        lines.append(f"| `{item.name}` | `{default}` | {item.metadata['help']} |")
+    return "\n".join(lines)
+
+
+def parse_overrides(words: list[str]) -> dict[str, str]:
+    """`--field value` and `--field=value` pairs; a bare `--field` means true.
+
+    Raises:
+        ValueError: for a word that belongs to no flag.
+    """
+    values: dict[str, str] = {}
+    index = 0
+    while index < len(words):
+        word = words[index]
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}: overrides are written --field value")
+        name, equals, value = word[2:].partition("=")
+        index += 1
+        if not equals:
+            has_value = index < len(words) and not words[index].startswith("--")
+            value = words[index] if has_value else "true"
+            index += has_value
+        values[name.replace("-", "_")] = value
+    return values
+
+
+def read_config(path: Path | None, overrides: dict[str, str]) -> GKDConfig:
+    """The configuration from a YAML file and flags.
+
+    Raises:
+        ValueError: for a missing or malformed file, and as `config_from_dict`.
+    """
+    values: Any = {}
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(f"--config {path}: no such file")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {path}: not valid YAML ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {path}: must hold `field: value` lines")
+        config_from_dict(values, str(path))  # so that an error names the file it comes from
+    return config_from_dict(values | overrides, "command line")
+
+
+def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = read_config(options.config, overrides)
+    from engine.trainer import GKDTrainer
+
+    trainer = GKDTrainer(args=config)
+    trainer.train()
+    if trainer.run.rank == 0:
+        print_summary(trainer)
+    leave()
+    return 0
+
+
+def print_summary(trainer: Any) -> None:
+    """Held-out figures and one answer, before and after, and where everything lies."""
+    evaluations, decode = trainer.evaluations, trainer.run.tokenizer.decode
+    if evaluations:
+        before, after = evaluations[0], evaluations[-1]
+        print(f"\n{'held-out':<26}{'before':>12}{'after':>12}")
+        for name, label in (
+            ("eval/divergence", "divergence, references"),
+            ("eval/divergence_on_policy", "divergence, own samples"),
+            ("eval/perplexity", "perplexity, references"),
+        ):
+            print(f"{label:<26}{before.metrics[name]:>12.4f}{after.metrics[name]:>12.4f}")
+        print(f"\nprompt:  {decode(after.prompt_ids)!r}")
+        for label, evaluation in (("before:", before), ("after:", after)):
+            print(f"{label:<9}{decode(evaluation.answer_ids, skip_special_tokens=True)!r}")
+    folder = Path(trainer.config.output_dir)
+    print(f"\nrun folder:    {folder}\nmetrics:       {folder / 'metrics.jsonl'}")
+    if trainer.tracker.location:
+        print(f"{trainer.config.report_to + ' run:':<15}{trainer.tracker.location}")
+    print(f"student (HF):  {folder / 'final'}")
+
+
+def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = read_config(options.config, overrides)
+    from engine.assembly import Inputs, assemble
+
+    run = assemble(config, Inputs(), train=False)
+    metrics = run.evaluator.run().metrics
+    if run.rank == 0:
+        print(json.dumps(metrics))
+    leave()
+    return 0
+
+
+def export(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    if overrides:
+        raise ValueError(f"export takes no configuration fields, got {', '.join(overrides)}")
+    import torch
+
+    from engine.export import export_checkpoint
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    export_checkpoint(options.checkpoint, options.out, dtype)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def leave() -> None:
+    """Close the process group, so that no rank ends while another still talks to it."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def print_fields(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    print(field_table())
+    return 0
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "fields": print_fields}

@@ -1,0 +1,74 @@
+"""Evaluation on held-out rows: divergence on the references and on the student's own samples, perplexity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.batch import PackedBatch, Sample, pack
+from engine.objective import Objective, ValueSums, count_response_tokens
+from engine.rollout import Rollout
+from engine.student import Student
+from engine.teacher import Teacher
+
+NOTHING = Sample(prompt_ids=[0], input_ids=[0], response_mask=[False], index=-1)  # fills a rank's missing batch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures, and one row's prompt and sampled answer as token ids."""
+
+    metrics: dict[str, float]
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+class Evaluator:
+    """Evaluates on a fixed set of rows. All ranks must call.
+
+    Args:
+        batches: this rank's share; every rank has as many batches, some perhaps empty.
+    """
+
+    def __init__(
+        self, batches: list[list[Sample]], objective: Objective, rollout: Rollout, student: Student, teacher: Teacher
+    ) -> None:
+        self.batches, self.objective, self.rollout = batches, objective, rollout
+        self.student, self.teacher = student, teacher
+
+    def run(self) -> Evaluation:
+        """Samples use the same seeds every time, so that two evaluations differ by the student alone."""
+        completions = self.rollout.complete([s for b in self.batches for s in b], 1, ("evaluation",), self.student)
+        own = [[self._sampled(s, completions.token_ids[s.index]) for s in batch] for batch in self.batches]
+        shard = self.student.open_step(train=False)
+        references, _ = self._means(self.batches, shard)
+        samples, _ = self._means(own, shard)
+        metrics = {
+            "eval/divergence": references["divergence"],
+            "eval/perplexity": math.exp(min(references["nll"], 700.0)),
+            "eval/acceptance": references["acceptance"],
+            "eval/top1_agreement": references["top1_agreement"],
+            "eval/divergence_on_policy": samples["divergence"],
+            "eval/mean_length": completions.metrics["rollout/mean_length"],
+        }
+        first = next((s for batch in self.batches for s in batch), NOTHING)
+        return Evaluation(metrics, first.prompt_ids, completions.token_ids.get(first.index, []))
+
+    def _sampled(self, sample: Sample, answer: list[int]) -> Sample:
+        mask = [False] * len(sample.prompt_ids) + [True] * len(answer)
+        return replace(sample, input_ids=sample.prompt_ids + answer, response_mask=mask)
+
+    @torch.no_grad()
+    def _means(self, batches: list[list[Sample]], shard) -> tuple[dict[str, float], float]:
+        packed: list[PackedBatch] = [pack(batch or [NOTHING], self.objective.device) for batch in batches]
+        counts = count_response_tokens(packed, self.objective.device)
+        sums, spec = ValueSums(self.objective.device), self.objective.spec(with_references=False)
+        for micro, batch in enumerate(packed):
+            teacher_NH = self.teacher.hidden(batch)
+            student_NH = self.student.hidden(batch)
+            _, values_N6 = self.objective(student_NH, teacher_NH, shard, batch, counts, micro, spec)
+            sums.add(batch, values_N6)
+        means, _, count = sums.reduce()
+        return means, count

@@ -1,0 +1,107 @@
+"""Export: a Hugging Face folder from the live student or from a checkpoint, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import save_file
+from torch import nn
+
+from engine import zero
+
+SHARD_BYTES = 4 * 2**30
+STUDENT_PREFIX = "causal_lm."  # of `HiddenStates`, under which the engine knows the student's parameters
+
+
+def export_student(model: nn.Module, tokenizer: Any, out: Path) -> None:
+    """Write the live student, in its compute dtype. All ranks must call; rank 0 writes."""
+    tensors = _gathered_parameters(model)
+    if dist.get_rank() == 0:
+        write_model_folder(tensors, [model.config, model.generation_config, tokenizer], out)
+    else:
+        for _ in tensors:
+            pass
+    dist.barrier()
+
+
+def _gathered_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and whole value of every parameter, gathered one at a time."""
+    for name, param in model.named_parameters():
+        with zero.gathered([param]):
+            value = param.detach().cpu().clone() if dist.get_rank() == 0 else param.detach()[:0]
+        yield name, value
+
+
+def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
+    """Write the student of a checkpoint, from its fp32 master weights. Needs no process group.
+
+    Raises:
+        ValueError: where the folder is not a checkpoint of this engine.
+    """
+    if not (checkpoint / "hf" / "config.json").is_file():
+        raise ValueError(f"{checkpoint} is not a checkpoint of this engine: it has no hf/config.json")
+    lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+    seen: set[int] = set()
+    names = []
+    for name, value in lazy.items():  # tied weights appear under every name that shares them
+        if id(value) not in seen:
+            names.append(name)
+        seen.add(id(value))
+    tensors = ((name.removeprefix(STUDENT_PREFIX), lazy[name].contiguous()) for name in names)
+    if dtype is not None:
+        tensors = ((name, value.to(dtype)) for name, value in tensors)
+    write_model_folder(tensors, [], out)
+    shutil.copytree(checkpoint / "hf", out, dirs_exist_ok=True)
+    if dtype is not None:
+        config_path = out / "config.json"
+        settings = json.loads(config_path.read_text())
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+        config_path.write_text(json.dumps(settings, indent=2))
+
+
+def write_model_folder(tensors: Iterable[tuple[str, torch.Tensor]], parts: list[Any], out: Path) -> None:
+    """safetensors shards with their index, and `parts` (config, tokenizer) by their `save_pretrained`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()
+    shards: list[list[str]] = []
+    waiting: dict[str, torch.Tensor] = {}
+    total_bytes = 0
+
+    def flush() -> None:
+        if waiting:
+            save_file(waiting, out / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+            shards.append(list(waiting))
+            waiting.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if waiting and sum(t.numel() * t.element_size() for t in waiting.values()) + size > SHARD_BYTES:
+            flush()
+        waiting[name] = tensor.contiguous()
+        total_bytes += size
+    flush()
+    _name_shards(out, shards, total_bytes)
+    for part in parts:
+        part.save_pretrained(out)
+
+
+def _name_shards(out: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Hugging Face's names: one file is `model.safetensors`, several carry their count and have an index."""
+    if len(shards) == 1:
+        (out / "model-00001.safetensors").rename(out / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"model-{number:05d}.safetensors").rename(out / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

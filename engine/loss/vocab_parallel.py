@@ -1,0 +1,343 @@
+"""The vocabulary-parallel streamed divergence: hidden states in, loss out, no `[tokens, V]` anywhere.
+
+Each rank of a token group holds S of the vocabulary's rows. The tokens of all G ranks pass by in chunks: their
+hidden states are gathered, the rank computes `[chunk, S]` logits of both models, two small reductions give every
+token's softmax statistics and sums, and the gradient follows at once, in the forward pass: the head's into the
+shard's fp32 accumulator, the hidden states' back to the ranks that own the tokens. Backward only scales.
+
+Collectives (token group, in this order on every rank): one gather of weights and targets per call; per chunk the
+gather of hidden states (issued one chunk ahead), statistics, sums, and the return of the hidden gradients
+(collected one chunk later).
+
+Shapes: N tokens of this rank, C tokens of a chunk on one rank, M = G * C tokens of a chunk, S rows of the
+shard, H hidden (student's or teacher's).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from engine.distributed import VocabGroups, all_gather_rows
+from engine.loss import divergence as maths
+from engine.loss.divergence import DivergenceSpec
+from engine.loss.head import HeadShard
+
+ELEMENTWISE_ROWS_BYTES = 2**20  # eager: rows worked on at once, so that the temporaries stay in a core's cache
+COLUMNS = ("divergence", "student_entropy", "teacher_entropy", "acceptance", "top1_agreement", "nll")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a stream keeps from call to call.
+
+    Attributes:
+        groups: the layout of ranks.
+        ids_S: vocabulary id of each row of the shard, on the device; -1 marks padding.
+        chunk_bytes: memory for the logits of one chunk; more makes larger GEMMs and fewer collectives.
+        compiled: fuse the element-wise part with torch.compile.
+    """
+
+    groups: VocabGroups
+    ids_S: torch.Tensor
+    chunk_bytes: int
+    compiled: bool = False
+
+    @functools.cached_property
+    def column_of_id(self) -> torch.Tensor:
+        """Column of every vocabulary id in this shard, int64; -1 where another shard has it."""
+        columns = torch.full((int(self.ids_S.max()) + 1,), -1, dtype=torch.long, device=self.ids_S.device)
+        live = torch.nonzero(self.ids_S >= 0)[:, 0]
+        columns[self.ids_S[live]] = live
+        return columns
+
+    def local_columns(self, ids: torch.Tensor) -> torch.Tensor:
+        """Column of each id in this shard, -1 where it has none."""
+        known = ids < self.column_of_id.numel()
+        return torch.where(known, self.column_of_id[ids.clamp(max=self.column_of_id.numel() - 1)], -1)
+
+    def chunk_tokens(self, student_hidden: int, teacher_hidden: int) -> int:
+        """Tokens per rank and chunk: two fp32 logits buffers, and the hidden states in flight."""
+        per_token = 8 * self.ids_S.numel() + 4 * (4 * student_hidden + 2 * teacher_hidden)
+        return max(1, self.chunk_bytes // (per_token * self.groups.group_size))
+
+
+def vocab_parallel_divergence(
+    student_hidden_NH: torch.Tensor,
+    teacher_hidden_NH: torch.Tensor,
+    student: HeadShard,
+    teacher: HeadShard,
+    target_ids_N: torch.Tensor,
+    weight_N: torch.Tensor,
+    num_tokens_max: int,
+    spec: DivergenceSpec,
+    stream: Stream,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of this rank's per-token losses. All ranks of the token group must call.
+
+    Differentiable in `student_hidden_NH`; the head's gradient goes into `student.grad_SH` during this call,
+    already weighted, so the returned loss must be back-propagated with gradient 1 (times what ZeRO's averaging
+    over ranks needs, which concerns the hidden states alone).
+
+    Args:
+        student_hidden_NH, teacher_hidden_NH: hidden states that predict the response tokens; N may be 0.
+        target_ids_N: the response tokens, for the likelihood; int64.
+        weight_N: fp32 weight of each token's loss, e.g. 1 / (response tokens of the whole step).
+        num_tokens_max: largest N among the ranks of the token group.
+
+    Returns:
+        The loss, a scalar, and the detached per-token values `COLUMNS`, fp32 [N, 6], unclipped, in nats.
+    """
+    want_grad = torch.is_grad_enabled() and student_hidden_NH.requires_grad
+    return _StreamedDivergence.apply(
+        student_hidden_NH,
+        teacher_hidden_NH,
+        student,
+        teacher,
+        target_ids_N,
+        weight_N,
+        num_tokens_max,
+        spec,
+        stream,
+        want_grad,
+    )
+
+
+class _StreamedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        student_hidden_NH,
+        teacher_hidden_NH,
+        student,
+        teacher,
+        target_ids_N,
+        weight_N,
+        num_tokens_max,
+        spec,
+        stream,
+        want_grad,
+    ):
+        sweep = _Sweep(student, teacher, spec, stream, want_grad)
+        hidden_grad_NH, values_N6 = sweep.run(
+            student_hidden_NH, teacher_hidden_NH, target_ids_N, weight_N, num_tokens_max
+        )
+        divergence_N = values_N6[:, 0] if spec.token_clip is None else values_N6[:, 0].clamp(max=spec.token_clip)
+        loss = (weight_N * (divergence_N + spec.sft_weight * values_N6[:, 5])).sum()
+        ctx.save_for_backward(hidden_grad_NH)
+        ctx.mark_non_differentiable(values_N6)
+        return loss, values_N6
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        (hidden_grad_NH,) = ctx.saved_tensors
+        return ((hidden_grad_NH.float() * grad_loss).to(hidden_grad_NH.dtype), *[None] * 9)
+
+
+class _Sweep:
+    """One pass over the tokens of a token group."""
+
+    def __init__(self, student: HeadShard, teacher: HeadShard, spec: DivergenceSpec, stream: Stream, want_grad: bool):
+        self.student, self.teacher, self.spec, self.stream, self.want_grad = student, teacher, spec, stream, want_grad
+        self.group, self.group_size = stream.groups.tokens, stream.groups.group_size
+
+    def run(self, student_hidden, teacher_hidden, target_ids_N, weight_N, num_tokens_max):
+        num_tokens = student_hidden.shape[0]
+        chunk = self.stream.chunk_tokens(student_hidden.shape[1], teacher_hidden.shape[1])
+        spans = [(start, min(start + chunk, num_tokens_max)) for start in range(0, num_tokens_max, chunk)]
+        weights, targets = self._gather_scalars(weight_N, target_ids_N, num_tokens_max)
+        hidden_grad = torch.zeros_like(student_hidden)
+        values_N6 = student_hidden.new_zeros(num_tokens, len(COLUMNS), dtype=torch.float32)
+        inputs = (student_hidden, teacher_hidden)
+        coming = self._fetch(inputs, spans[0]) if spans else None
+        returning: Callable[[], None] | None = None
+        for index, (start, stop) in enumerate(spans):
+            student_MH, teacher_MH = (take() for take in coming)
+            coming = self._fetch(inputs, spans[index + 1]) if index + 1 < len(spans) else None
+            values_M6, partial_grad_MH = self._chunk(
+                student_MH, teacher_MH, weights[:, start:stop].flatten(), targets[:, start:stop].flatten()
+            )
+            own = slice(start, min(stop, num_tokens))
+            place = self.stream.groups.rank % self.group_size
+            values_N6[own] = values_M6.view(self.group_size, stop - start, -1)[place, : max(0, num_tokens - start)]
+            if returning is not None:
+                returning()
+            returning = self._return(partial_grad_MH, hidden_grad, own) if self.want_grad else None
+        if returning is not None:
+            returning()
+        return hidden_grad, values_N6
+
+    def _gather_scalars(self, weight_N, target_ids_N, num_tokens_max):
+        """Every rank's weights and targets, [G, num_tokens_max] each; weight 0 marks padding.
+
+        They travel together as fp64, which holds any id exactly.
+        """
+        local = weight_N.new_zeros(1, 2, num_tokens_max, dtype=torch.float64)
+        local[0, 0, : weight_N.numel()] = weight_N
+        local[0, 1, : weight_N.numel()] = target_ids_N
+        gathered = all_gather_rows(local, self.group)
+        return gathered[:, 0].float(), gathered[:, 1].long()
+
+    def _fetch(self, inputs, span) -> list[Callable[[], torch.Tensor]]:
+        """Start gathering a chunk's hidden states; each returned function waits for one of them."""
+        start, stop = span
+        takes = []
+        for hidden in inputs:
+            block = hidden[start:stop]
+            if self.group_size == 1:
+                takes.append(functools.partial(_identity, block))
+                continue
+            if block.shape[0] < stop - start:  # a rank with fewer tokens than the others
+                block = torch.cat([block, block.new_zeros(stop - start - block.shape[0], block.shape[1])])
+            gathered = block.new_empty(self.group_size * block.shape[0], block.shape[1])
+            work = dist.all_gather_into_tensor(gathered, block.contiguous(), group=self.group, async_op=True)
+            takes.append(functools.partial(_wait, work, gathered, block))
+        return takes
+
+    def _return(self, partial_grad_MH, hidden_grad, own) -> Callable[[], None]:
+        """Start handing each rank the gradients of its tokens; the returned function waits and adds them up."""
+        if self.group_size == 1:
+            hidden_grad[own] = partial_grad_MH.to(hidden_grad.dtype)
+            return lambda: None
+        sent = partial_grad_MH.to(hidden_grad.dtype)
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+
+        def finish() -> None:
+            _wait(work, received, sent)
+            total = received.view(self.group_size, -1, received.shape[1]).float().sum(0)
+            hidden_grad[own] = total[: max(0, own.stop - own.start)].to(hidden_grad.dtype)
+
+        return finish
+
+    def _chunk(self, student_MH, teacher_MH, weight_M, target_ids_M):
+        """Values [M, 6] and the shard's part of the hidden gradient, fp32 [M, H], of one chunk."""
+        spec, kernels = self.spec, _kernels(self.stream.compiled)
+        student_MS = _logits(student_MH, self.student).div_(spec.temperature)
+        teacher_MS = _logits(teacher_MH, self.teacher).div_(spec.temperature)
+        target_M = self.stream.local_columns(target_ids_M)
+        blocks = self._row_blocks(student_MS)
+
+        local_7M = torch.cat(
+            [kernels.statistics(student_MS[b], teacher_MS[b], spec.temperature) for b in blocks], dim=1
+        )
+        shards = all_gather_rows(local_7M[None], self.group)
+        norms_4M, log_sum_raw_M, tops_2M = maths.merge_statistics(shards, spec.temperature)
+
+        parts = [kernels.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], spec) for b in blocks]
+        sums_6M = self._sum_over_shards(torch.cat(parts, dim=1))
+        values_M6 = self._values(sums_6M, log_sum_raw_M, tops_2M)
+        if not self.want_grad:
+            return values_M6, None
+
+        divergence_weight_M = weight_M
+        if spec.token_clip is not None:
+            divergence_weight_M = torch.where(sums_6M[0] <= spec.token_clip, weight_M, 0.0)
+        for b in blocks:
+            gradient = kernels.gradient(
+                student_MS[b], teacher_MS[b], norms_4M[:, b], sums_6M[1, b], divergence_weight_M[b],
+                weight_M[b] * spec.sft_weight, log_sum_raw_M[b], target_M[b], spec,
+            )  # fmt: skip
+            student_MS[b] = _through_head(gradient, student_MS[b], self.student, spec.temperature)
+        return values_M6, self._head_backward(student_MS, student_MH)
+
+    def _sum_over_shards(self, sums_6M: torch.Tensor) -> torch.Tensor:
+        """The second reduction. Without it every value but the loss looks right and the gradient is wrong."""
+        if self.group_size > 1:
+            dist.all_reduce(sums_6M, group=self.group)
+        return sums_6M
+
+    def _values(self, sums_6M, log_sum_raw_M, tops_2M) -> torch.Tensor:
+        divergence, _, student_entropy, teacher_entropy, acceptance, target = sums_6M
+        agreement = (tops_2M[0] == tops_2M[1]).float()
+        nll = log_sum_raw_M - target * self.spec.temperature
+        return torch.stack([divergence, student_entropy, teacher_entropy, acceptance, agreement, nll], dim=1)
+
+    def _head_backward(self, logit_grad_MS: torch.Tensor, student_MH: torch.Tensor) -> torch.Tensor:
+        """Accumulate the head's gradient in fp32; return the shard's part of the hidden gradient."""
+        weight_SH = self.student.weight_SH
+        low_precision = logit_grad_MS.to(weight_SH.dtype)
+        hidden_MH = student_MH.to(weight_SH.dtype)
+        if self.student.grad_SH is not None:
+            _accumulate_outer(self.student.grad_SH, low_precision, hidden_MH)
+        if self.student.grad_bias_S is not None:
+            self.student.grad_bias_S += logit_grad_MS.sum(0)
+        return _matmul_fp32(low_precision, weight_SH)
+
+    def _row_blocks(self, logits_MS: torch.Tensor) -> list[slice]:
+        num_rows, width = logits_MS.shape
+        step = num_rows if self.stream.compiled else max(1, ELEMENTWISE_ROWS_BYTES // (4 * width))
+        return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _wait(work: dist.Work, result: torch.Tensor, keep_alive: torch.Tensor) -> torch.Tensor:
+    """Wait for an asynchronous collective; `keep_alive` is the buffer that it reads."""
+    work.wait()
+    return result
+
+
+def _logits(hidden_MH: torch.Tensor, head: HeadShard) -> torch.Tensor:
+    """fp32 logits of the shard's rows, [M, S]."""
+    logits_MS = _matmul_fp32(hidden_MH.to(head.weight_SH.dtype), head.weight_SH.t())
+    if head.bias_S is not None:
+        logits_MS += head.bias_S
+    if head.scale != 1.0:
+        logits_MS *= head.scale
+    if head.softcap is not None:
+        logits_MS.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.masked_columns.numel():
+        logits_MS.index_fill_(1, head.masked_columns, -torch.inf)
+    return logits_MS
+
+
+def _through_head(
+    gradient: torch.Tensor, tempered_logits: torch.Tensor, head: HeadShard, temperature: float
+) -> torch.Tensor:
+    """Chain the gradient for capped and scaled logits to one for hidden @ weight.T + bias."""
+    if head.softcap is not None:
+        slope = 1 - (tempered_logits * (temperature / head.softcap)).clamp(-1.0, 1.0).square()
+        gradient = gradient * slope
+    return gradient * head.scale if head.scale != 1.0 else gradient
+
+
+def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b with the GEMM's fp32 accumulator as the result. Only CUDA has such a GEMM for bf16; on CPU the
+    operands are fp32 already."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _accumulate_outer(total_SH: torch.Tensor, grad_MS: torch.Tensor, hidden_MH: torch.Tensor) -> None:
+    """total += grad.T @ hidden in fp32, in row slices where the product needs a buffer of its own."""
+    if grad_MS.dtype == torch.float32:
+        total_SH.addmm_(grad_MS.t(), hidden_MH)
+        return
+    for start in range(0, total_SH.shape[0], 8192):
+        rows = slice(start, start + 8192)
+        total_SH[rows] += _matmul_fp32(grad_MS[:, rows].t(), hidden_MH)
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    statistics: Callable
+    sums: Callable
+    gradient: Callable
+
+
+@functools.cache
+def _kernels(compiled: bool) -> _Kernels:
+    """The element-wise functions, eager or compiled; dynamic shapes, as chunks vary in length."""
+    functions = (maths.shard_statistics, maths.shard_sums, maths.logit_gradient)
+    if compiled:
+        functions = tuple(torch.compile(function, dynamic=True) for function in functions)
+    return _Kernels(*functions)

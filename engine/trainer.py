@@ -1,0 +1,174 @@
+"""Generalized knowledge distillation, Algorithm 1 of arXiv 2306.13649, as a loop over ZeRO-3 ranks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.assembly import Inputs, assemble
+from engine.batch import PackedBatch, Sample, pack
+from engine.checkpoint import TrainState
+from engine.config import GKDConfig
+from engine.distributed import draw_seed, shared_uniform
+from engine.evaluation import Evaluation
+from engine.export import export_student
+from engine.objective import ValueSums, count_response_tokens
+from engine.tracking import Tracker
+
+VALUE_METRICS = {"divergence": "train/", "student_entropy": "train/", "nll": "train/", "acceptance": "train/",
+                 "top1_agreement": "train/", "teacher_entropy": "teacher/"}  # fmt: skip
+
+
+class GKDTrainer:
+    """Distils a teacher into a student. The call signature is that of TRL's `GKDTrainer`.
+
+    Args:
+        model, teacher_model: Hugging Face causal LMs, or names; by default those that `args` names.
+        args: the configuration.
+        train_dataset, eval_dataset: datasets with `messages`, `prompt`/`completion` or `prompt` columns; by
+            default the one that `args` names.
+        processing_class, tokenizer: the student's tokenizer; two names for one argument.
+
+    Raises:
+        ValueError: for input that cannot work, before any weight is read where `args` names the models.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        teacher_model: Any = None,
+        args: GKDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.config = config = args or GKDConfig()
+        if isinstance(model, str):
+            config.model_name_or_path, model = model, None
+        if isinstance(teacher_model, str):
+            config.teacher_model_name_or_path, teacher_model = teacher_model, None
+        inputs = Inputs(model, teacher_model, processing_class or tokenizer, train_dataset, eval_dataset)
+        self.run = assemble(config, inputs)
+        self.state = TrainState()
+        self.rollouts: list[list[Sample]] | None = None  # the batch that `rollout_reuse` steps share
+        self.evaluations: list[Evaluation] = []
+
+    def train(self) -> TrainState:
+        """Train to the last step, then evaluate and export. All ranks must call."""
+        run, config = self.run, self.config
+        if run.resume_from is not None:
+            self.state = run.checkpoints.load(run.resume_from, run.student.engine)
+            self.rollouts = run.checkpoints.load_rollouts(run.resume_from)
+        extra = {"deepspeed_resolved": run.deepspeed_settings, "world_size": run.world_size}
+        self.tracker = Tracker(config, Path(config.output_dir), run.rank == 0, self.state.run_id, extra)
+        self.state.run_id = self.tracker.run_id
+        self.tracker.begin(self.state.step, run.num_steps)
+        if config.eval_on_start and self.state.step == 0:
+            self.tracker.log(0, self._evaluate())
+        while self.state.step < run.num_steps:
+            metrics = self._train_step()
+            step = self.state.step
+            if run.evaluator and (step == run.num_steps or (config.eval_steps and step % config.eval_steps == 0)):
+                metrics |= self._evaluate()
+            self.tracker.log(step, metrics)
+            if config.save_steps and step % config.save_steps == 0:
+                self.save_checkpoint()
+        export_student(run.student.model, run.tokenizer, Path(config.output_dir) / "final")
+        self.tracker.finish()
+        return self.state
+
+    def _train_step(self) -> dict[str, float]:
+        """One optimizer step."""
+        run, state, tracker = self.run, self.state, self.tracker
+        started = time.perf_counter()
+        torch.manual_seed(draw_seed(self.config.seed, "dropout", state.step, run.rank))
+        samples, metrics = self._next_samples()  # (x, y): from the data, the student or the teacher
+        batches = [pack(batch, run.device) for batch in samples]
+        counts = count_response_tokens(batches, run.device)
+        spec = run.objective.spec(with_references=not metrics["train/on_policy"])
+        sums, own_values = ValueSums(run.device), []
+        shard = run.student.open_step(train=True)
+        for micro, batch in enumerate(batches):
+            with tracker.time("teacher"):
+                teacher_NH = run.teacher.hidden(batch)
+            with tracker.time("student"):
+                student_NH = run.student.hidden(batch)
+            with tracker.time("loss"):
+                loss, values_N6 = run.objective(student_NH, teacher_NH, shard, batch, counts, micro, spec)
+            with tracker.time("backward"):
+                run.student.backward(loss, is_last=micro + 1 == len(batches))
+            sums.add(batch, values_N6, loss)
+            own_values.append(values_N6)
+        learning_rate = run.student.learning_rate
+        with tracker.time("optimizer"):
+            run.student.step()
+        means, loss_global, num_tokens = sums.reduce()
+        state.step += 1
+        state.tokens += int(num_tokens)
+        self._log_completions(samples, batches, own_values, bool(metrics["train/on_policy"]))
+        step_s = time.perf_counter() - started
+        metrics |= {VALUE_METRICS.get(name, "train/") + name: value for name, value in means.items()}
+        return metrics | {
+            "train/loss": loss_global,
+            "train/grad_norm": run.student.grad_norm,
+            "train/lr": learning_rate,
+            "train/tokens": num_tokens,
+            "train/tokens_total": float(state.tokens),
+            "perf/step_s": step_s,
+            "perf/tokens_per_s": num_tokens / step_s,
+        }
+
+    def _next_samples(self) -> tuple[list[list[Sample]], dict[str, float]]:
+        """This step's micro-batches: on-policy with probability lmbda, else from the data or the teacher.
+
+        The draw depends on (seed, step) alone, so every rank takes the same branch. With `rollout_reuse` k it is made
+        once per k steps, which share the samples where it falls on-policy.
+        """
+        run, config, state = self.run, self.config, self.state
+        block, age = divmod(state.step, config.rollout_reuse)
+        on_policy = shared_uniform(config.seed, "on_policy", block) < config.lmbda
+        metrics = {"train/on_policy": float(on_policy)}
+        if on_policy and age and self.rollouts is not None:
+            return self.rollouts, metrics | {"rollout/staleness": float(age)}
+        samples = run.data.step_batches(state.batches)  # (x, y) ~ (X, Y)
+        state.batches += 1
+        self.rollouts = None
+        if on_policy or config.seq_kd:
+            writer = run.student if on_policy else run.teacher  # y ~ p_S(.|x), or p_T(.|x)
+            with self.tracker.time("rollout"):
+                samples, rollout_metrics = run.rollout.generate(samples, state.step, writer)
+            metrics |= rollout_metrics | {"rollout/staleness": 0.0}
+        if on_policy and config.rollout_reuse > 1:
+            self.rollouts = samples
+        return samples, metrics
+
+    def _log_completions(
+        self, samples: list[list[Sample]], batches: list[PackedBatch], values: list[torch.Tensor], on_policy: bool
+    ) -> None:
+        every = self.config.log_completions_steps
+        if not on_policy or not every or self.state.step % every:
+            return
+        rows = []
+        for batch, packed, values_N6 in zip(samples, batches, values, strict=True):
+            for row, sample in enumerate(batch):
+                own = values_N6[packed.sequence_N == row, 0]
+                answer = sample.input_ids[len(sample.prompt_ids) :]
+                mean = own.mean().item() if own.numel() else None
+                rows.append([self.run.tokenizer.decode(sample.prompt_ids), self.run.tokenizer.decode(answer), mean])
+        self.tracker.table("completions", self.state.step, ["prompt", "sample", "mean_divergence"], rows)
+
+    def _evaluate(self) -> dict[str, float]:
+        with self.tracker.time("evaluation"):
+            self.evaluations.append(self.run.evaluator.run())
+        return self.evaluations[-1].metrics
+
+    def save_checkpoint(self) -> Path:
+        """Write `checkpoints/step_<N>`. All ranks must call."""
+        run = self.run
+        model_parts = [run.student.model.config, run.student.model.generation_config, run.tokenizer]
+        with self.tracker.time("checkpoint"):
+            return run.checkpoints.save(run.student.engine, self.state, model_parts, self.rollouts)

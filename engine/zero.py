@@ -1,0 +1,188 @@
+"""The only room that touches DeepSpeed's internals. Written against deepspeed 0.19.8.
+
+It holds what the rest of the engine needs of ZeRO-3: start-up, a parameter's local piece, its gradient partition,
+rows of a partitioned matrix, and the parameters gathered for generation. It knows nothing of losses or models.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from torch import nn
+
+
+def init_distributed(timeout_s: int) -> torch.device:
+    """Join the process group and return this rank's device. Plain `python` becomes a world of one.
+
+    `deepspeed`, `torchrun` and Slurm's or MPI's wrappers set the variables; without them DeepSpeed would go looking
+    for MPI.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    # On CPU, deepspeed 0.19.8 compiles its shared-memory all-reduce when the backend starts: minutes at first, and a
+    # killed build leaves a lock on which every later run waits. Gloo does the same job.
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores with each other's threads crawl
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_per_node()))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    get_accelerator().set_device(local_rank)
+    if not deepspeed.comm.is_initialized():
+        backend = get_accelerator().communication_backend_name()
+        deepspeed.init_distributed(
+            dist_backend=backend if backend != "ccl" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
+        )
+    return torch.device(
+        get_accelerator().device_name(local_rank) if get_accelerator().device_name() != "cpu" else "cpu"
+    )
+
+
+def ranks_per_node() -> int:
+    """Ranks of this node as the launcher says, else 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def is_partitioned(param: torch.Tensor) -> bool:
+    return hasattr(param, "ds_id")
+
+
+def full_shape(param: torch.Tensor) -> torch.Size:
+    """Shape of the whole parameter, which under ZeRO-3 is not `param.shape`."""
+    return param.ds_shape if is_partitioned(param) else param.shape
+
+
+def local_piece(param: torch.Tensor) -> torch.Tensor:
+    """This rank's flat piece of a ZeRO-3 parameter on the accelerator; read-only. The last one ends in padding.
+
+    Raises:
+        ValueError: where the piece lies on NVMe, or is cut over fewer ranks than the world (MiCS).
+    """
+    piece = param.ds_tensor
+    if piece.numel() == 0 or str(piece.status).endswith("NOT_AVAILABLE"):
+        raise ValueError(
+            "deepspeed `offload_param.device`=nvme: the head's weights must stay in memory; use cpu there. "
+            "`offload_optimizer.device` may be nvme"
+        )
+    if piece.ds_numel * dist.get_world_size() < param.ds_numel:
+        raise ValueError("the head is partitioned over a subgroup of the ranks (MiCS): only plain ZeRO-3 is supported")
+    return piece.detach().to(get_accelerator().current_device_name())
+
+
+@contextmanager
+def gathered(params: list[torch.Tensor]) -> Iterator[None]:
+    """Whole parameters inside the block, to read. All ranks must call."""
+    with deepspeed.zero.GatheredParameters(params, enabled=any(map(is_partitioned, params))):
+        yield
+
+
+def full_value(param: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole parameter; for small ones. All ranks must call."""
+    with gathered([param]):
+        return param.detach().clone()
+
+
+def piece_of(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """The part of a whole flat tensor that falls to this rank's piece of `param`, zero-padded."""
+    size = param.ds_tensor.ds_numel
+    start = dist.get_rank() * size
+    piece = full.new_zeros(size)
+    own = full.flatten()[start : start + size]
+    piece[: own.numel()] = own
+    return piece
+
+
+def put_local_grad(param: torch.Tensor, piece: torch.Tensor, accumulate: bool) -> None:
+    """Set this rank's gradient partition, or add to what autograd left there. `piece` is the gradient itself: ZeRO
+    has no part in it and does not average it. Call after the last backward of a step, before `engine.step`."""
+    if accumulate:
+        piece = piece + safe_get_local_grad(param)
+    safe_set_local_grad(param, piece)
+
+
+def fetch_rows(param: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` (int64 [S] on CPU, -1 for none) of a matrix, zeros for ids it does not have. All ranks must call.
+
+    A partitioned matrix passes by piece by piece, so that no rank ever holds it whole.
+    """
+    if not is_partitioned(param):
+        device_ids = ids.to(param.device)
+        known = (device_ids >= 0) & (device_ids < param.shape[0])
+        return torch.where(known[:, None], param.detach()[device_ids.clamp(0, param.shape[0] - 1)], 0)
+    num_rows, width = param.ds_shape
+    rows = torch.zeros(ids.numel(), width, dtype=param.ds_tensor.dtype, device=get_accelerator().current_device_name())
+    runs = consecutive_runs(ids, num_rows)
+    size = param.ds_tensor.ds_numel
+    for owner in range(dist.get_world_size()):
+        piece = local_piece(param).clone() if owner == dist.get_rank() else rows.new_empty(size)
+        dist.broadcast(piece, owner)
+        for place, first, count in runs:
+            start = max(first * width, owner * size)
+            stop = min((first + count) * width, (owner + 1) * size)
+            if start < stop:
+                shift = (place - first) * width
+                rows.view(-1)[start + shift : stop + shift] = piece[start - owner * size : stop - owner * size]
+    return rows
+
+
+def consecutive_runs(ids: torch.Tensor, num_rows: int) -> list[tuple[int, int, int]]:
+    """Stretches of consecutive known ids, as (place in ids, first id, length)."""
+    runs: list[list[int]] = []
+    for place, row in enumerate(ids.tolist()):
+        if not 0 <= row < num_rows:
+            continue
+        if runs and runs[-1][0] + runs[-1][2] == place and runs[-1][1] + runs[-1][2] == row:
+            runs[-1][2] += 1
+        else:
+            runs.append([place, row, 1])
+    return [tuple(run) for run in runs]
+
+
+@contextmanager
+def gathered_for_generation(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Every parameter whole and ZeRO's hooks off inside the block, so that ranks may decode at their own pace.
+
+    DeepSpeed's own context leaves the hooks off when its block raises, after which training gathers nothing: the
+    error is held back until they are on again. All ranks must call.
+    """
+    failure: BaseException | None = None
+    with unwrap_model_for_generation(engine):
+        try:
+            yield
+        except BaseException as error:  # re-raised below
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def moe_leaf_modules(model: nn.Module) -> list[type]:
+    """Mark sparse MoE blocks as leaves: ZeRO-3 then fetches a block whole, as ranks route to different experts.
+
+    Returns the classes marked; a dense model has none.
+    """
+    classes = sorted(
+        {type(m) for m in model.modules() if hasattr(m, "experts") and m is not model}, key=lambda c: c.__name__
+    )
+    if classes:
+        deepspeed.utils.set_z3_leaf_modules(model, classes)
+    return classes
+
+
+def count_gathered(model: nn.Module) -> int:
+    """Parameters that are whole on this rank although ZeRO-3 does not keep them so."""
+    available = ZeroParamStatus.AVAILABLE
+    return sum(p.ds_status == available and not p.ds_persist for p in model.parameters() if is_partitioned(p))

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Distils SmolLM2-135M-Instruct into 10 of its 30 layers: two ranks under ZeRO-3, no GPU and no model hub needed.
+# Arguments go to the training command, e.g. `bash launch/quickstart.sh --max_steps 20`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+enter_venv quickstart
+
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}"
+recipe=launch/recipes/quickstart.yaml
+python launch/prepare_quickstart.py --work runs/quickstart --cache .cache
+
+# One rank per GPU up to two; without a GPU the launcher starts as many CPU ranks as it is asked for.
+ranks="$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)')"
+# The launcher's fixed port may be taken by another run on this machine.
+port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+echo "== training on $ranks ranks"
+deepspeed --num_gpus "$ranks" --master_port "$port" --module engine train --config "$recipe" "$@"

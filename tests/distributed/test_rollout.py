@@ -1,0 +1,108 @@
+"""Generating from a ZeRO-3 student: it leaves no trace in training, and ranks may stop at any length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine import zero
+from engine.decoder import Decoder, Request, Sampling
+from engine.distributed import all_gather_lists
+from engine.loss.divergence import DivergenceSpec
+from engine.rollout import deal, describe
+from tests.distributed.test_vocab_parallel import Case, build, train_step
+
+SPEC = DivergenceSpec("jsd", beta=0.3)
+
+
+def weights_after(disturb, num_steps: int = 3) -> torch.Tensor:
+    """This rank's piece of every parameter after some steps, with `disturb(student)` before each."""
+    case = Case(2, tied=True)
+    parts = build(case, learning_rate=1e-2)
+    student = parts[0]
+    for _ in range(num_steps):
+        disturb(student)
+        train_step(case, parts, SPEC)
+        student.engine.step()
+    pieces = torch.cat([zero.local_piece(p).flatten() for p in student.model.parameters()])
+    student.engine.destroy()
+    return pieces
+
+
+def generate(student) -> None:
+    """Rank 0 stops after one token, the others after 20."""
+    longest = 1 if dist.get_rank() == 0 else 20
+    with student.gathered() as model:
+        decoder = Decoder(model, Sampling((), 1001, 64, longest), max_rows=4)
+        completions = decoder.decode([Request([1, 2, 3 + i], [i]) for i in range(6)])
+        assert {len(c[0].token_ids) for c in completions} == {longest}
+        assert zero.count_gathered(model) > 0
+    assert zero.count_gathered(student.model) == 0
+
+
+def generate_and_fail(student) -> None:
+    with pytest.raises(RuntimeError, match="on purpose"), student.gathered():
+        raise RuntimeError("on purpose")
+    assert zero.count_gathered(student.model) == 0
+
+
+def check_no_trace() -> list[bool]:
+    quiet = weights_after(lambda student: None)
+    return [torch.equal(weights_after(disturb), quiet) for disturb in (generate, generate_and_fail)]
+
+
+def test_training_is_bit_identical_to_never_having_generated(ranks):
+    for same in ranks(2).run(check_no_trace):
+        assert same == [True, True]
+
+
+def check_partitioned_lengths() -> list[int]:
+    """Rank r wants 1 + 8 r tokens, rank 0 none at all, with parameters fetched layer by layer."""
+    student = build(Case(2))[0]
+    student.engine.eval()
+
+    def any_rank(active: bool) -> bool:
+        flag = torch.tensor([int(active)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    longest = 1 + 8 * dist.get_rank()
+    decoder = Decoder(student.model, Sampling((), 1001, 64, longest), max_rows=2, synchroniser=any_rank)
+    requests = [Request([1, 2, 3 + i], [i]) for i in range(0 if dist.get_rank() == 0 else 3)]
+    lengths = [len(c[0].token_ids) for c in decoder.decode(requests)]
+    student.engine.destroy()
+    return lengths
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_partitioned_ranks_stop_at_any_length(ranks, world_size):
+    results = ranks(world_size).run(check_partitioned_lengths)
+    assert results == [[1 + 8 * rank] * (3 if rank else 0) for rank in range(world_size)]
+
+
+def check_lists() -> list:
+    rank = dist.get_rank()
+    return all_gather_lists([[rank] * n for n in range(rank)], torch.device("cpu"))
+
+
+def test_ragged_lists_travel(ranks):
+    for lists in ranks(4).run(check_lists):
+        assert lists == [[], [[]], [[], [2]], [[], [3], [3, 3]]]
+
+
+def test_prompts_are_dealt_evenly():
+    prompts = [[index] + [0] * length for index, length in enumerate((90, 80, 70, 60, 9, 8, 7, 6))]
+    hands = deal(prompts, 4)
+    assert sorted(row[0] for hand in hands for row in hand) == list(range(8))
+    assert {len(hand) for hand in hands} == {2}
+    totals = [sum(len(row) - 1 for row in hand) for hand in hands]
+    assert max(totals) - min(totals) < 30  # in file order, one rank would have had both 90 and 80
+
+
+def test_metrics_of_completions():
+    metrics = describe([[1, 2, 1, 2], [5], []], [True, False, False])
+    assert metrics["rollout/tokens"] == 5 and metrics["rollout/mean_length"] == pytest.approx(5 / 3)
+    assert metrics["rollout/share_stopped"] == pytest.approx(1 / 3)
+    assert metrics["rollout/share_truncated"] == pytest.approx(1 / 3)  # an empty completion is neither
+    assert metrics["rollout/distinct_2"] == pytest.approx(2 / 3)

@@ -1,0 +1,172 @@
+"""Whole runs in real process groups: the same result at any world size, accumulation, teacher placement or resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import GKDConfig, GKDTrainer
+from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
+
+TIMING = ("perf/", "rollout/gather_s", "rollout/idle_s", "rollout/tokens_per_s")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_run_inputs(folder) | {"global_batch_size": 8, "lmbda": 0.5, "save_steps": None, "weight_decay": 0.1}
+
+
+def train(fields: dict) -> dict:
+    """Run on this rank; its sampled and trained-on tokens come back for comparison."""
+    config = GKDConfig(**fields)
+    trainer = GKDTrainer(args=config)
+    seen = []
+    original = trainer._next_samples
+
+    def recorded():
+        samples, metrics = original()
+        seen.append([(s.index, s.input_ids) for batch in samples for s in batch])
+        return samples, metrics
+
+    trainer._next_samples = recorded
+    trainer.train()
+    trainer.run.student.engine.destroy()
+    return {"seen": seen, "steps": trainer.state.step}
+
+
+def metrics_of(folder: str | Path) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in lines]
+
+
+def weights_of(folder: str | Path) -> torch.Tensor:
+    tensors = load_file(Path(folder) / "final" / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
+
+
+def samples_of(results: list[dict]) -> list[list]:
+    """Every step's samples over all ranks, in the order of the global batch."""
+    return [sorted(sum(step, [])) for step in zip(*(r["seen"] for r in results), strict=True)]
+
+
+def assert_same_run(ours: dict, theirs: dict, tolerance: float) -> None:
+    for a, b in zip(metrics_of(ours["output_dir"]), metrics_of(theirs["output_dir"]), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance * 1e-2), (a["step"], name)
+    a, b = weights_of(ours["output_dir"]), weights_of(theirs["output_dir"])
+    assert ((a - b).norm() / b.norm()).item() <= tolerance
+
+
+def test_world_size_and_accumulation_change_nothing(ranks, inputs, tmp_path):
+    """8 sequences a step as 1x8, 1x2x4, 2x2x2, 2x1x4, 4x2; half of the steps on-policy."""
+    runs = []
+    for world_size, per_device in ((1, 8), (1, 2), (2, 2), (2, 1), (4, 2)):
+        fields = inputs | {
+            "per_device_train_batch_size": per_device,
+            "output_dir": str(tmp_path / f"{world_size}x{per_device}"),
+        }
+        runs.append((fields, ranks(world_size).run(train, fields)))
+    on_policy = [line["train/on_policy"] for line in metrics_of(runs[0][0]["output_dir"])]
+    assert 0 < sum(on_policy) < len(on_policy)  # the seed gives both kinds of step
+    for fields, results in runs[1:]:
+        assert samples_of(results) == samples_of(runs[0][1])
+        assert_same_run(fields, runs[0][0], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    {"teacher_placement": "replicated"}, {"vocab_parallel_size": 1}, {"generation_placement": "partitioned"},
+    {"loss_chunk_bytes": 4096}, {"generation_rows": 2}, {"gradient_checkpointing": True},
+], ids=str)  # fmt: skip
+def test_placements_and_sizes_change_nothing(ranks, inputs, tmp_path, change):
+    plain = inputs | {"output_dir": str(tmp_path / "plain")}
+    changed = inputs | {"output_dir": str(tmp_path / "changed")} | change
+    results = [ranks(2).run(train, fields) for fields in (plain, changed)]
+    assert samples_of(results[1]) == samples_of(results[0])
+    assert_same_run(changed, plain, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("extra", [{}, {"rollout_reuse": 2, "lmbda": 0.8, "num_generations": 2}], ids=str)
+def test_resume_is_bit_identical(ranks, inputs, tmp_path, extra):
+    """Six steps in one go, and three, a checkpoint, and three more by a fresh trainer: every figure and weight."""
+    fields = inputs | {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2} | extra
+    whole = fields | {"output_dir": str(tmp_path / "whole")}
+    ranks(2).run(train, whole)
+    halves = fields | {"output_dir": str(tmp_path / "halves"), "resume_from_checkpoint": "auto"}
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step_6")
+    shutil.rmtree(tmp_path / "halves" / "final")
+    results = ranks(2).run(train, halves)
+    assert len(results[0]["seen"]) == 3  # it did resume
+    assert metrics_of(tmp_path / "halves") == metrics_of(tmp_path / "whole")
+    assert torch.equal(weights_of(tmp_path / "halves"), weights_of(tmp_path / "whole"))
+
+
+def test_temperature_reaches_the_loss(ranks, inputs, tmp_path):
+    losses = []
+    for temperature in (0.5, 4.0):
+        fields = inputs | {
+            "output_dir": str(tmp_path / str(temperature)),
+            "temperature": temperature,
+            "lmbda": 0.0,
+            "max_steps": 1,
+        }
+        ranks(1).run(train, fields)
+        losses.append(metrics_of(fields["output_dir"])[0]["train/loss"])
+    assert losses[0] > 4 * losses[1]  # near-uniform distributions at 4 are far closer
+
+
+def test_on_policy_counts_generated_tokens(ranks, inputs, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path / "run"), "lmbda": 1.0, "max_steps": 2}
+    results = ranks(2).run(train, fields)
+    for line in metrics_of(fields["output_dir"]):
+        generated = line["rollout/tokens"]
+        assert line["train/tokens"] == generated
+    prompts = [set(map(len, (ids for _, ids in step))) for step in samples_of(results)]
+    assert all(max(lengths) <= 64 for lengths in prompts)
+
+
+def test_seq_kd_trains_on_what_the_teacher_writes(ranks, inputs, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path / "run"), "lmbda": 0.0, "seq_kd": True, "max_steps": 2}
+    fields |= {"model_name_or_path": inputs["teacher_model_name_or_path"], "learning_rate": 0.0}
+    by_teacher = samples_of(ranks(2).run(train, fields))
+    by_itself = samples_of(ranks(2).run(train, fields | {"lmbda": 1.0, "output_dir": str(tmp_path / "own")}))
+    assert by_teacher == by_itself  # the student is a copy of the teacher: the same seeds draw the same tokens
+
+
+def check_zero_at_the_teacher(betas: list[float]) -> list[tuple[float, float, float]]:
+    """Loss and gradient norm of a student that is its teacher."""
+    rows = []
+    tokenizer = tiny_tokenizer()
+    data = [{"prompt": "abc", "completion": "defgh" * (1 + i % 3)} for i in range(8)]
+    for beta in betas:
+        config = GKDConfig(
+            beta=beta, lmbda=0.0, bf16=False, max_steps=1, report_to="none", per_device_train_batch_size=2,
+            learning_rate=0.0, save_steps=None, max_length=64, max_new_tokens=8, gradient_checkpointing=False,
+        )  # fmt: skip
+        models = [tiny_llama(len(tokenizer), seed=3) for _ in range(2)]
+        import tempfile
+
+        import torch.distributed as dist
+
+        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(folder)
+        config.output_dir = folder[0]
+        trainer = GKDTrainer(models[0], models[1], config, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        line = metrics_of(folder[0])[0] if dist.get_rank() == 0 else {"train/loss": 0.0, "train/grad_norm": 0.0}
+        rows.append((beta, line["train/loss"], line["train/grad_norm"]))
+        trainer.run.student.engine.destroy()
+    return rows
+
+
+def test_student_equal_to_teacher_has_no_loss_and_no_gradient(ranks):
+    for beta, loss, norm in ranks(2).run(check_zero_at_the_teacher, [0.0, 0.1, 0.5, 0.9, 1.0])[0]:
+        assert abs(loss) < 1e-6, beta
+        assert norm < 1e-5, beta  # rounding of fp32 logits, where a step's gradient is about 0.3

@@ -1,0 +1,68 @@
+"""Bytes on the wire and memory of the loss: measured, against the formulas that README states."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from engine.bench.loss import Size, bench
+from engine.bench.measure import loopback_bytes
+from engine.loss import volume
+from tests.distributed.test_vocab_parallel import Case, build
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_bytes_of_hidden_states_match_the_formula(num_ranks):
+    rows = bench(Size(4096, 256, 320, tokens=192, ranks=num_ranks, rounds=1, chunk_bytes=4 * 2**20, naive=False))
+    by_name = {row.name: row for row in rows}
+    assert f"G={num_ranks}" in by_name
+    for name, row in by_name.items():
+        if row.formula_bytes:
+            assert row.sent_bytes == pytest.approx(row.formula_bytes, rel=0.05), name
+        else:
+            assert row.sent_bytes < 50_000, name  # barriers alone
+
+
+def check_head_bytes(group_size: int) -> float:
+    """Bytes per rank of one `open_step` and `close_step`, over those of the formula."""
+    case = Case(group_size, vocab_size=8001, teacher_vocab_size=8001)
+    student = build(case, hidden_size=64)[0]
+    world_size = dist.get_world_size()
+    for _ in range(2):  # the first opens connections
+        dist.barrier()
+        time.sleep(0.2)
+        before = loopback_bytes()
+        dist.barrier()
+        student.open_step(train=True)
+        student.head.close_step()
+        dist.barrier()
+        time.sleep(0.2)
+        sent = (loopback_bytes() - before) / world_size
+        dist.barrier()
+    student.engine.destroy()
+    return sent / max(1.0, volume.head_bytes(8001, 64, world_size, group_size, weight_bytes=4))
+
+
+@pytest.mark.parametrize("world_size,group_size", [(2, 1), (4, 1), (4, 2)])
+def test_bytes_of_the_head_match_the_formula(ranks, world_size, group_size):
+    assert ranks(world_size).run(check_head_bytes, group_size)[0] == pytest.approx(1.0, rel=0.05)
+
+
+def test_with_one_token_group_the_head_stays_where_it_is(ranks):
+    """G = N: nothing but the rows that straddle two ranks and the barriers."""
+    assert ranks(4).run(check_head_bytes, 4)[0] < 20_000
+
+
+def test_memory_is_the_gradient_shard_and_the_chunk_and_does_not_grow_with_tokens():
+    """Over the inputs: fp32 head gradient + chunk budget, within 1.3; and the hidden gradient that is returned."""
+    peaks = {}
+    for tokens in (256, 1024):
+        size = Size(16384, 256, 256, tokens=tokens, ranks=1, rounds=1, chunk_bytes=16 * 2**20, naive=False)
+        row = next(row for row in bench(size) if row.name == "stream")
+        returned = tokens * size.student_hidden * 4
+        peaks[tokens] = row.peak_bytes - returned
+        budget = size.vocab * size.student_hidden * 4 + size.chunk_bytes
+        assert peaks[tokens] < 1.3 * budget, tokens
+    assert peaks[1024] < 1.05 * peaks[256] + 2**20

@@ -1,0 +1,137 @@
+"""The configuration: every value is checked, every message says what was given and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.cli import field_table, main, parse_overrides, read_config
+from engine.config import GKDConfig, config_from_dict
+from engine.settings import resolve_deepspeed, teacher_settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"lmda": 0.5}, "unknown field `lmda`; did you mean `lmbda`"),
+        ({"zzzz": 1}, "unknown field `zzzz`; `python -m engine train --help` lists"),
+        ({"lmbda": 1.5}, r"lmbda=1.5: must be in \[0, 1\]"),
+        ({"beta": -0.1}, r"beta=-0.1: must be in \[0, 1\]"),
+        ({"temperature": 0}, "temperature=0.0: must be above 0"),
+        ({"divergence": "kl"}, "divergence='kl': must be one of jsd, forward_kl"),
+        ({"max_steps": 0}, "max_steps=0: must be positive, or -1"),
+        ({"learning_rate": "fast"}, "learning_rate='fast': must be of type float"),
+        ({"bf16": "maybe"}, "bf16='maybe': must be of type bool"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size=2.5: must be of type int"),
+        ({"vocab_parallel_size": "node"}, "vocab_parallel_size='node': must be `auto` or a positive number"),
+        ({"max_new_tokens": 100, "max_length": 100}, "max_new_tokens=100: must be below max_length=100"),
+        ({"dataset_streaming": True}, "a stream has no length, so set max_steps"),
+        ({"min_new_tokens": 500}, "min_new_tokens=500: must be between 0 and max_new_tokens"),
+    ],
+)
+def test_bad_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(fields)
+
+
+def test_values_are_coerced():
+    config = config_from_dict(
+        {"learning_rate": "1e-5", "bf16": "false", "max_steps": "7", "eval_steps": "none", "wandb_tags": "a,b"}
+    )
+    assert (config.learning_rate, config.bf16, config.max_steps, config.eval_steps) == (1e-5, False, 7, None)
+    assert config.wandb_tags == ["a", "b"]
+    assert config_from_dict({"vocab_parallel_size": "2"}).vocab_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 3},
+            "`train_micro_batch_size_per_gpu`=3 contradicts.*`per_device_train_batch_size` gives 8",
+        ),
+        ({"gradient_clipping": 0.5}, "`gradient_clipping`=0.5 contradicts.*`max_grad_norm` gives 1.0"),
+        ({"bf16": {"enabled": False}}, "`bf16.enabled`=False contradicts.*`bf16` gives True"),
+        ({"train_batch_size": 100}, "`train_batch_size`=100 contradicts.*x ranks` gives 16"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, "`optimizer.params.lr`=1 contradicts.*`learning_rate`"),
+        ({"scheduler": {}}, "remove `scheduler`; the field `lr_scheduler_type`"),
+        ({"zero_optimization": {"stage": 2}}, "`zero_optimization.stage` must be 3"),
+        ({"fp16": {"enabled": True}}, "`fp16.enabled` is not supported"),
+    ],
+)
+def test_deepspeed_contradictions_name_both_keys(settings, message):
+    base = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match=message):
+        resolve_deepspeed(GKDConfig(deepspeed=base | settings), world_size=2)
+
+
+def test_deepspeed_files(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        resolve_deepspeed(GKDConfig(deepspeed=str(tmp_path / "x.json")), 1)
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        resolve_deepspeed(GKDConfig(deepspeed=str(tmp_path / "x.json")), 1)
+    with pytest.raises(ValueError, match="remove `optimizer`; the teacher is frozen"):
+        teacher_settings(GKDConfig(teacher_deepspeed={"zero_optimization": {"stage": 3}, "optimizer": {}}))
+
+
+def test_global_batch_size():
+    config = GKDConfig(global_batch_size=48, per_device_train_batch_size=4)
+    assert [config.accumulation_steps(world) for world in (1, 2, 4)] == [12, 6, 3]
+    with pytest.raises(ValueError, match="global_batch_size=48 cannot be split over 5 ranks.*multiple of 20"):
+        config.accumulation_steps(5)
+
+
+def test_every_field_is_documented():
+    for item in dataclasses.fields(GKDConfig):
+        assert item.metadata["help"].endswith("."), item.name
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lmbda: 0.2\nbeta: 0.1\n")
+    overrides = parse_overrides(["--lmbda", "0.7", "--seq_kd", "--max-steps=3", "--bf16", "false"])
+    config = read_config(recipe, overrides)
+    assert (config.lmbda, config.beta, config.seq_kd, config.max_steps, config.bf16) == (0.7, 0.1, True, 3, False)
+    with pytest.raises(ValueError, match="unexpected argument 'x'"):
+        parse_overrides(["x"])
+    recipe.write_text("lmda: 0.2\n")
+    with pytest.raises(ValueError, match="r.yaml: unknown field `lmda`"):
+        read_config(recipe, {})
+    with pytest.raises(ValueError, match="no such file"):
+        read_config(tmp_path / "none.yaml", {})
+
+
+def test_a_mistake_is_one_line_and_status_2(capsys):
+    assert main(["train", "--lmda", "1"]) == 2
+    assert capsys.readouterr().err == "error: command line: unknown field `lmda`; did you mean `lmbda`?\n"
+
+
+def test_help_needs_no_torch():
+    lines = (
+        "import sys",
+        "from engine.cli import main",
+        "try: main(['train', '--help'])",
+        "except SystemExit: pass",
+        "assert 'torch' not in sys.modules",
+    )
+    code = "\n".join(lines)
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for item in dataclasses.fields(GKDConfig):
+        assert f"--{item.name} " in output
+
+
+def test_readme_has_the_table_of_fields():
+    assert field_table() in (ROOT / "README.md").read_text()
+
+
+def test_config_round_trips_as_json():
+    config = GKDConfig(beta=0.25, wandb_tags=["x"])
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -1,0 +1,225 @@
+"""The maths of the divergences: the dense reference against definitions, the stream against it where it is hard."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.distributed import VocabGroups
+from engine.loss.divergence import KINDS, DivergenceSpec, dense_divergence
+from engine.loss.head import HeadShard, RowLayout
+from engine.loss.vocab_parallel import COLUMNS, Stream, vocab_parallel_divergence
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> VocabGroups:
+    """A world of one rank."""
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield VocabGroups(0, 1, 1, dist.group.WORLD, dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def stream_over_logits(groups, student_NV, teacher_NV, spec, chunk_bytes=2**22):
+    """The stream on given logits: hidden states are the logits and the head is the identity."""
+    vocab = student_NV.shape[1]
+    eye, none = torch.eye(vocab), torch.empty(0, dtype=torch.long)
+    student, teacher = (HeadShard(eye, None, none, 1.0, None, torch.zeros(vocab, vocab)) for _ in range(2))
+    hidden = student_NV.clone().requires_grad_()
+    count = student_NV.shape[0]
+    targets = torch.arange(count) % vocab
+    stream = Stream(groups, torch.arange(vocab), chunk_bytes)
+    loss, values = vocab_parallel_divergence(
+        hidden, teacher_NV, student, teacher, targets, torch.ones(count), count, spec, stream
+    )
+    loss.backward()
+    return loss.item(), hidden.grad, values
+
+
+def dense_in_double(student_NV, teacher_NV, spec):
+    z = student_NV.detach().clone().double().requires_grad_()
+    loss = dense_divergence(z, teacher_NV.detach().double(), spec).sum()
+    loss.backward()
+    return loss.item(), z.grad
+
+
+def relative(a, b) -> float:
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+def test_definitions():
+    """Each kind on two distributions over three ids, by hand."""
+    p, q = (torch.tensor([row], dtype=torch.float64) for row in ([0.5, 0.3, 0.2], [0.1, 0.6, 0.3]))
+    kl = lambda a, b: (a * (a / b).log()).sum().item()  # noqa: E731
+    mix = lambda w: w * p + (1 - w) * q  # noqa: E731
+    expected = {
+        DivergenceSpec("forward_kl"): kl(p, q),
+        DivergenceSpec("reverse_kl"): kl(q, p),
+        DivergenceSpec("jsd", beta=0.0): kl(p, q),
+        DivergenceSpec("jsd", beta=1.0): kl(q, p),
+        DivergenceSpec("jsd", beta=0.3): 0.3 * kl(p, mix(0.3)) + 0.7 * kl(q, mix(0.3)),
+        DivergenceSpec("skew_forward_kl", alpha=0.2): kl(p, mix(0.2)),
+        DivergenceSpec("skew_reverse_kl", alpha=0.2): kl(q, mix(0.8)),
+        DivergenceSpec("total_variation"): 0.4,
+        DivergenceSpec("jsd", beta=0.3, token_clip=0.01): 0.01,
+    }
+    for spec, value in expected.items():
+        assert dense_divergence(q.log(), p.log(), spec).item() == pytest.approx(value, rel=1e-12), spec
+
+
+def test_jsd_scale_near_equality():
+    """|gradient| of JSD(beta) is beta (1 - beta) that of a KL where p is close to q."""
+    z = torch.randn(4, 50, dtype=torch.float64)
+    t = z + 1e-4 * torch.randn_like(z)
+    _, kl = dense_in_double(z, t, DivergenceSpec("forward_kl"))
+    for beta in (0.1, 0.5, 0.9):
+        _, jsd = dense_in_double(z, t, DivergenceSpec("jsd", beta=beta))
+        assert (jsd.norm() / kl.norm()).item() == pytest.approx(beta * (1 - beta), rel=1e-3)
+
+
+def specs() -> list[DivergenceSpec]:
+    return [DivergenceSpec(kind, beta=0.3, alpha=0.2, temperature=t) for kind in KINDS for t in (0.7, 1.0)]
+
+
+@pytest.mark.parametrize("spec", specs(), ids=str)
+@pytest.mark.parametrize("case", ["large", "one-hot teacher", "masked ids", "identical"])
+def test_extremes(alone, spec, case):
+    torch.manual_seed(0)
+    z, t = torch.randn(6, 97), torch.randn(6, 97)
+    if case == "large":
+        z, t = z * 1e4, t * 1e4
+    elif case == "one-hot teacher":
+        t = torch.full_like(t, -1e4)
+        t[range(6), range(6)] = 1e4
+    elif case == "masked ids":
+        z[:, 5:20], t[:, 5:20] = -math.inf, -math.inf
+    else:
+        t = z.clone()
+    if case == "masked ids":  # masks come after the head, from a bias of -inf
+        loss, gradient = masked_stream(alone, z, t, spec)
+    else:
+        loss, gradient, _ = stream_over_logits(alone, z, t, spec)
+    expected_loss, expected = dense_in_double(z, t, spec)
+    assert math.isfinite(loss) and gradient.isfinite().all()
+    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-5)
+    # a log-ratio of 2e4 has an fp32 rounding of 2e-3, which a reverse KL's gradient carries
+    largest = (z.double().clamp_min(-1e5) - t.double().clamp_min(-1e5)).abs().max().item() / spec.temperature
+    assert (gradient - expected).abs().max() < 1e-5 + torch.finfo(torch.float32).eps * largest
+
+
+def masked_stream(groups, z, t, spec):
+    vocab = z.shape[1]
+    bias = torch.where(z[0].isinf(), -math.inf, 0.0)
+    none = torch.empty(0, dtype=torch.long)
+    heads = [HeadShard(torch.eye(vocab), bias, none, 1.0, None, torch.zeros(vocab, vocab)) for _ in range(2)]
+    hidden = torch.where(z.isinf(), 0.0, z).requires_grad_()
+    stream = Stream(groups, torch.arange(vocab), 2**22)
+    args = (torch.arange(6), torch.ones(6), 6, spec, stream)
+    loss, _ = vocab_parallel_divergence(hidden, torch.where(t.isinf(), 0.0, t), *heads, *args)
+    loss.backward()
+    return loss.item(), hidden.grad
+
+
+def test_vocabulary_of_262144(alone):
+    """A Gemma-sized vocabulary through a real head, in several chunks."""
+    torch.manual_seed(0)
+    vocab, hidden_size, spec = 262_144, 64, DivergenceSpec("jsd", beta=0.3)
+    weights = [torch.randn(vocab, hidden_size) / 3 for _ in range(2)]
+    hidden, teacher_hidden = torch.randn(5, hidden_size), torch.randn(5, hidden_size)
+    none = torch.empty(0, dtype=torch.long)
+    student = HeadShard(weights[0], None, none, 1.0, None, torch.zeros(vocab, hidden_size))
+    teacher = HeadShard(weights[1], None, none, 1.0, None)
+    leaf = hidden.clone().requires_grad_()
+    stream = Stream(alone, torch.arange(vocab), 2 * 8 * vocab)
+    loss, _ = vocab_parallel_divergence(
+        leaf, teacher_hidden, student, teacher, torch.arange(5), torch.ones(5), 5, spec, stream
+    )
+    loss.backward()
+    exact_loss, exact_hidden, exact_head = dense_head_gradients(torch.float64, hidden, teacher_hidden, weights, spec)
+    _, rough_hidden, rough_head = dense_head_gradients(torch.float32, hidden, teacher_hidden, weights, spec)
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-5)
+    # The sum over so many ids cancels to little: whole fp32 logits and torch's log_softmax leave 3e-4 here.
+    assert relative(leaf.grad, exact_hidden) < 3e-5 < relative(rough_hidden, exact_hidden)
+    assert relative(student.grad_SH, exact_head) < 1e-5 < relative(rough_head, exact_head)
+
+
+def dense_head_gradients(dtype, hidden, teacher_hidden, weights, spec):
+    leaf, weight = (x.clone().to(dtype).requires_grad_() for x in (hidden, weights[0]))
+    loss = dense_divergence(leaf @ weight.t(), teacher_hidden.to(dtype) @ weights[1].to(dtype).t(), spec).sum()
+    loss.backward()
+    return loss, leaf.grad, weight.grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_convergence_with_bf16_weights(alone, kind):
+    """A teacher a small step away from the student, bf16 weights and hidden states. Logits kept in fp32 leave less
+    than 1e-2 of gradient error; the same logits rounded to bf16 leave more than 5e-2."""
+    torch.manual_seed(0)
+    vocab, hidden_size, count = 2048, 64, 32
+    weight = (torch.randn(vocab, hidden_size) / 8).bfloat16()
+    hidden = torch.randn(count, hidden_size).bfloat16()
+    teacher_hidden = (hidden.float() + 0.01 * torch.randn(count, hidden_size)).bfloat16()
+    spec = DivergenceSpec(kind, beta=0.5, alpha=0.1)
+    z, t = hidden.double() @ weight.double().t(), teacher_hidden.double() @ weight.double().t()
+    _, exact_logit_grad = dense_in_double(z, t, spec)
+    exact = exact_logit_grad @ weight.double()
+
+    shard = HeadShard(weight.float(), None, torch.empty(0, dtype=torch.long), 1.0, None)
+    leaf = hidden.clone().requires_grad_()
+    stream = Stream(alone, torch.arange(vocab), 2**22)
+    args = (torch.arange(count), torch.ones(count), count, spec, stream)
+    loss, _ = vocab_parallel_divergence(leaf, teacher_hidden, shard, shard, *args)
+    loss.backward()
+    _, rounded_logit_grad = dense_in_double(z.bfloat16(), t.bfloat16(), spec)
+    assert relative(leaf.grad, exact) < 1e-2
+    assert relative(rounded_logit_grad @ weight.double(), exact) > 5e-2
+
+
+def test_values_of_the_sweep(alone):
+    torch.manual_seed(0)
+    z, t = 2 * torch.randn(7, 50), 2 * torch.randn(7, 50)
+    t[0] = z[0]
+    _, _, values = stream_over_logits(alone, z, t, DivergenceSpec("jsd", beta=0.5, temperature=0.7))
+    q, p = (torch.softmax(x.double() / 0.7, -1) for x in (z, t))
+    nll = torch.nn.functional.cross_entropy(z.double(), torch.arange(7), reduction="none")
+    expected = {
+        "divergence": dense_divergence(z.double(), t.double(), DivergenceSpec("jsd", beta=0.5, temperature=0.7)),
+        "student_entropy": -(q * q.log()).sum(-1),
+        "teacher_entropy": -(p * p.log()).sum(-1),
+        "acceptance": torch.minimum(p, q).sum(-1),
+        "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double(),
+        "nll": nll,  # of the target at temperature 1
+    }
+    for column, name in enumerate(COLUMNS):
+        assert values[:, column].tolist() == pytest.approx(expected[name].tolist(), rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "num_rows,row_size,world,group", [(12, 5, 4, 2), (1001, 3, 4, 4), (9, 1, 8, 2), (13, 7, 3, 1), (8, 4, 8, 8)]
+)
+def test_row_layout_covers_every_row_once(num_rows, row_size, world, group):
+    layout = RowLayout(num_rows, row_size, world, group)
+    for first in range(0, world, group):  # each token group covers the vocabulary
+        ids = torch.cat([layout.shard_ids(rank) for rank in range(first, first + group)])
+        assert sorted(ids[ids >= 0].tolist()) == list(range(num_rows))
+        assert len({layout.shard_ids(rank).numel() for rank in range(world)}) == 1
+    for rank in range(world):
+        start, stop = layout.rows_of_piece(rank)
+        assert all(
+            rank * layout.piece_size <= row * row_size < (rank + 1) * layout.piece_size for row in range(start, stop)
+        )
+
+
+def test_row_layout_refuses():
+    with pytest.raises(ValueError, match="must divide"):
+        RowLayout(100, 4, 4, 3)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        RowLayout(3, 4, 4, 1)
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="must be one of jsd"):
+        DivergenceSpec("kl")
