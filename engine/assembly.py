@@ -27,7 +27,7 @@ from engine.objective import Objective
 from engine.rollout import Rollout
 from engine.settings import resolve_deepspeed, teacher_settings
 from engine.student import Student, build_student
-from engine.teacher import Teacher, build_teacher
+from engine.teacher import AlternatingTeacher, Teacher, build_teacher
 from engine.tokenizer import load_tokenizer, prepare_tokenizer
 
 
@@ -97,6 +97,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     groups = build_vocab_groups(config.vocab_parallel_size, zero.ranks_per_node())
     student = build_student(config, inputs.model, groups, shared_vocab_size, num_steps)
     teacher = build_teacher(config, inputs.teacher_model, device)
+    if isinstance(teacher, AlternatingTeacher):
+        teacher.student_engine = student.engine
     objective = Objective(config, student.head, teacher.head, shared_vocab_size, device)
     sampling = build_sampling(config, tokenizer, student.model, shared_vocab_size)
     rollout = Rollout(config, sampling, rank, world_size, device)

@@ -132,10 +132,19 @@ class GKDConfig:
 
     # Teacher
     teacher_placement: str = option(
-        "zero3", "`zero3` partitions the teacher over all ranks; `replicated` puts it on each.", ("zero3", "replicated")
+        "zero3",
+        "`zero3` partitions the teacher over all ranks, `tensor_parallel` over a few, `replicated` puts it on each.",
+        ("zero3", "replicated", "tensor_parallel"),
     )
+    teacher_tp_size: int = option(1, "Ranks that share a `tensor_parallel` teacher.")
     teacher_deepspeed: Any = option(
         None, "DeepSpeed JSON (path or dict) of a `zero3` teacher, for offload; unset: plain ZeRO-3."
+    )
+
+    teacher_offload: str = option(
+        "none",
+        "`between_steps`: a `replicated` teacher and the student's optimizer state take turns on the device.",
+        ("none", "between_steps"),
     )
 
     # Run
@@ -200,7 +209,7 @@ class GKDConfig:
         for name in ("learning_rate", "weight_decay", "warmup_steps"):
             require(getattr(self, name) >= 0, name, "0 or more")
         positive = ("max_length", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
-        positive += ("num_generations", "generation_rows", "rollout_reuse")
+        positive += ("teacher_tp_size", "num_generations", "generation_rows", "rollout_reuse")
         for name in (*positive, "gradient_accumulation_steps", "logging_steps", "timeout_s"):
             require(getattr(self, name) > 0, name, "positive")
         for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "loss_chunk_bytes",
@@ -215,6 +224,16 @@ class GKDConfig:
             "max_new_tokens",
             f"below max_length={self.max_length}, to leave room for a prompt",
         )
+        if self.seq_kd and self.teacher_placement == "tensor_parallel":
+            raise ValueError(
+                "seq_kd=true needs teacher_placement=zero3 or replicated: a tensor-parallel one cannot write"
+            )
+        if self.teacher_offload == "between_steps" and self.teacher_placement != "replicated":
+            raise ValueError(
+                "teacher_offload=between_steps moves a whole teacher; with "
+                f"teacher_placement={self.teacher_placement} give teacher_deepspeed an `offload_param` instead "
+                "(ds_configs/teacher_zero3_cpu.json)"
+            )
         if self.dataset_streaming and self.max_steps < 0:
             raise ValueError("dataset_streaming=true: a stream has no length, so set max_steps as well")
 

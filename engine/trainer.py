@@ -92,9 +92,10 @@ class GKDTrainer:
         spec = run.objective.spec(with_references=not metrics["train/on_policy"])
         sums, own_values = ValueSums(run.device), []
         shard = run.student.open_step(train=True)
+        scores = run.teacher.score(batches)
         for micro, batch in enumerate(batches):
             with tracker.time("teacher"):
-                teacher_NH = run.teacher.hidden(batch)
+                teacher_NH = next(scores)
             with tracker.time("student"):
                 student_NH = run.student.hidden(batch)
             with tracker.time("loss"):

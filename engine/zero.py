@@ -11,12 +11,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
@@ -73,7 +76,7 @@ def local_piece(param: torch.Tensor) -> torch.Tensor:
         ValueError: where the piece lies on NVMe, or is cut over fewer ranks than the world (MiCS).
     """
     piece = param.ds_tensor
-    if piece.numel() == 0 or str(piece.status).endswith("NOT_AVAILABLE"):
+    if piece.numel() == 0 or piece.status != PartitionedParamStatus.AVAILABLE:
         raise ValueError(
             "deepspeed `offload_param.device`=nvme: the head's weights must stay in memory; use cpu there. "
             "`offload_optimizer.device` may be nvme"
@@ -94,6 +97,32 @@ def full_value(param: torch.Tensor) -> torch.Tensor:
     """A copy of the whole parameter; for small ones. All ranks must call."""
     with gathered([param]):
         return param.detach().clone()
+
+
+def partitioned_construction(settings: dict[str, Any]) -> deepspeed.zero.Init:
+    """Context in which the parameters of a module under construction are partitioned as soon as they exist."""
+    return deepspeed.zero.Init(config_dict_or_path=settings)
+
+
+def can_fill_pieces(settings: dict[str, Any]) -> bool:
+    """Whether pieces lie in memory, once each: not on NVMe, and without the second copy of hpZ or MiCS."""
+    zero_settings = settings["zero_optimization"]
+    on_nvme = zero_settings.get("offload_param", {}).get("device") == "nvme"
+    several = zero_settings.get("zero_hpz_partition_size", 1) > 1 or zero_settings.get("mics_shard_size", -1) > 0
+    return not on_nvme and not several
+
+
+def piece_span(param: torch.Tensor) -> tuple[int, int]:
+    """First and last + 1 element of the flattened parameter in this rank's piece; equal where it is all padding."""
+    start = min(dist.get_rank() * param.ds_tensor.ds_numel, param.ds_numel)
+    return start, min(start + param.ds_tensor.ds_numel, param.ds_numel)
+
+
+def fill_piece(param: torch.Tensor, values: torch.Tensor) -> None:
+    """Set this rank's piece, before DeepSpeed's engine takes the parameters over (0.19.8: `ds_tensor`)."""
+    with torch.no_grad():
+        param.ds_tensor[: values.numel()].copy_(values)
+        param.ds_tensor[values.numel() :].zero_()
 
 
 def piece_of(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
@@ -124,6 +153,10 @@ def fetch_rows(param: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         known = (device_ids >= 0) & (device_ids < param.shape[0])
         return torch.where(known[:, None], param.detach()[device_ids.clamp(0, param.shape[0] - 1)], 0)
     num_rows, width = param.ds_shape
+    if param.ds_tensor.numel() == 0 or param.ds_tensor.status != PartitionedParamStatus.AVAILABLE:
+        with gathered([param]):  # on NVMe: DeepSpeed reads it back, whole, this once
+            known = (ids >= 0) & (ids < num_rows)
+            return torch.where(known.to(param.device)[:, None], param.detach()[ids.clamp(0, num_rows - 1)], 0)
     rows = torch.zeros(ids.numel(), width, dtype=param.ds_tensor.dtype, device=get_accelerator().current_device_name())
     runs = consecutive_runs(ids, num_rows)
     size = param.ds_tensor.ds_numel
@@ -167,6 +200,26 @@ def gathered_for_generation(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]
             failure = error
     if failure is not None:
         raise failure
+
+
+def offload_optimizer(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Move optimizer state and master weights to host memory until `reload_optimizer`.
+
+    Raises:
+        ValueError: where the optimizer is not DeepSpeed's FusedAdam, the only one that 0.19.8 can move.
+    """
+    if type(engine.optimizer.optimizer) is not FusedAdam:
+        raise ValueError(
+            "teacher_offload=between_steps moves the student's optimizer state, which DeepSpeed does for its own Adam "
+            'only: put `"optimizer": {"type": "AdamW", "params": {"lr": "auto", ...}}` into the `deepspeed` JSON'
+        )
+    states = [OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params]
+    engine.offload_states(include=states, pin_memory=get_accelerator().device_name() != "cpu")
+
+
+def reload_optimizer(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Bring back what `offload_optimizer` moved."""
+    engine.reload_states()
 
 
 def moe_leaf_modules(model: nn.Module) -> list[type]:
