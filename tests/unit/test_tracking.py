@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
-from engine.tracking import Tracker, format_duration, has_wandb_key, wandb_mode
+from engine.progress import format_duration
+from engine.tracking import Tracker, has_wandb_key, wandb_mode
 
 AWKWARD_FLOATS = [1 / 3, 0.1 + 0.2, 1e-300, 5e-324, math.pi * 1e12, -0.0]
 
