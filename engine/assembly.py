@@ -23,7 +23,9 @@ from engine.data import StepData, build_rows, eval_batches
 from engine.decoder import Sampling
 from engine.distributed import build_vocab_groups
 from engine.evaluation import Evaluator
+from engine.faults import BadSteps
 from engine.objective import Objective
+from engine.performance import Meter
 from engine.rollout import Rollout
 from engine.settings import resolve_deepspeed, teacher_settings
 from engine.student import Student, build_student
@@ -59,6 +61,8 @@ class Run:
     evaluator: Evaluator | None
     checkpoints: Checkpoints
     resume_from: Path | None
+    bad_steps: BadSteps
+    meter: Meter
     num_steps: int
     deepspeed_settings: dict[str, Any]
 
@@ -71,11 +75,12 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     """
     device = zero.init_distributed(config.timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    settings = resolve_deepspeed(config, world_size)
+    resolve_deepspeed(config, world_size)  # so that a contradiction in it is named first
     if config.teacher_placement == "zero3":
         teacher_settings(config)
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find()
+    settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     student_config, teacher_config = (
         _model_config(given, name, field, config)
         for given, name, field in (
@@ -107,7 +112,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         evaluator = Evaluator(evaluator_batches, objective, rollout, student, teacher)
     return Run(
         config, rank, world_size, device, tokenizer, student, teacher, objective, rollout, data, evaluator,
-        checkpoints, resume_from, num_steps, settings,
+        checkpoints, resume_from, BadSteps(config, tokenizer, rank, device), Meter(student.model, teacher.model),
+        num_steps, settings,
     )  # fmt: skip
 
 

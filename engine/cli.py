@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
+from engine.errors import BadStepsError, CheckpointError
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; the user's mistakes end in one line and exit status 2."""
+    """Run a command; the user's mistakes end in one line and exit status 2, what befalls a run in one and status 1."""
     if arguments[:1] == ["bench"]:
         from engine.bench import main as bench
 
@@ -34,12 +35,12 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return COMMANDS[options.command](options, parse_overrides(rest))
-    except ValueError as error:
+    except (ValueError, CheckpointError, BadStepsError) as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         if os.environ.get("GKD_TRACEBACK"):
             raise
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,7 +141,12 @@ def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def print_summary(trainer: Any) -> None:
-    """Held-out figures and one answer, before and after, and where everything lies."""
+    """Held-out figures and one answer, before and after, and where everything lies; of a stopped run, how to go on."""
+    if trainer.stopped_by is not None:
+        step, saved = trainer.state.step, trainer.run.checkpoints.saved_step
+        print(f"\nstopped after step {step} of {trainer.run.num_steps} by {trainer.stopped_by}; ", end="")
+        print(f"checkpoint of step {saved}. Continue with --resume_from_checkpoint auto")
+        return
     evaluations, decode = trainer.evaluations, trainer.run.tokenizer.decode
     if evaluations:
         before, after = evaluations[0], evaluations[-1]

@@ -165,9 +165,17 @@ class GKDConfig:
     eval_on_start: bool = option(False, "Evaluate once before the first step.")
     eval_max_samples: int | None = option(None, "Use only the first so many evaluation rows.")
     save_steps: int | None = option(500, "Steps between checkpoints; unset: none.")
+    save_minutes: float | None = option(None, "Minutes of wall-clock time between checkpoints; unset: none by time.")
     save_total_limit: int | None = option(None, "Checkpoints to keep; unset: all.")
+    save_on_error: str = option(
+        "raise", "Where a checkpoint cannot be written: `raise` ends the run, `warn` trains on.", ("raise", "warn")
+    )
+    max_minutes: float | None = option(
+        None, "Minutes of wall-clock time after which the run saves and ends; unset: no limit."
+    )
+    max_bad_steps: int = option(5, "Steps in a row without a finite loss and gradient that end the run.")
     resume_from_checkpoint: str | None = option(
-        None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path."
+        None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks."
     )
     seed: int = option(42, "Seed of data order, on-policy draws and sampling.")
     deepspeed: Any = option(None, "DeepSpeed JSON (path or dict); unset: ZeRO-3 without offload.")
@@ -210,10 +218,10 @@ class GKDConfig:
             require(getattr(self, name) >= 0, name, "0 or more")
         positive = ("max_length", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
         positive += ("teacher_tp_size", "num_generations", "generation_rows", "rollout_reuse")
-        for name in (*positive, "gradient_accumulation_steps", "logging_steps", "timeout_s"):
+        for name in (*positive, "gradient_accumulation_steps", "logging_steps", "timeout_s", "max_bad_steps"):
             require(getattr(self, name) > 0, name, "positive")
-        for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "loss_chunk_bytes",
-                     "max_samples", "eval_max_samples", "log_completions_steps"):  # fmt: skip
+        for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "save_minutes", "max_minutes",
+                     "loss_chunk_bytes", "max_samples", "eval_max_samples", "log_completions_steps"):  # fmt: skip
             require(getattr(self, name) is None or getattr(self, name) > 0, name, "positive, or unset")
         size = self.vocab_parallel_size
         require(

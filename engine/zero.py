@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,6 +24,9 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, 
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
+from torch.distributed import distributed_c10d
+
+from engine.errors import CheckpointError
 
 
 def init_distributed(timeout_s: int) -> torch.device:
@@ -43,6 +47,9 @@ def init_distributed(timeout_s: int) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores with each other's threads crawl
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_per_node()))
+    # DeepSpeed makes further groups with torch's default time-out (30 min for gloo), on which a rank would wait for a
+    # stuck one after the world's own time-out has passed.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     get_accelerator().set_device(local_rank)
     if not deepspeed.comm.is_initialized():
@@ -143,6 +150,13 @@ def put_local_grad(param: torch.Tensor, piece: torch.Tensor, accumulate: bool) -
     safe_set_local_grad(param, piece)
 
 
+def void_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make `engine.step` drop this step: deepspeed 0.19.8's ZeRO-3 checks the global gradient norm in any precision
+    (`DeepSpeedZeroOptimizer_Stage3.step`), and one infinite partition makes it infinite on every rank."""
+    param = next(p for p in engine.module.parameters() if p.requires_grad)
+    safe_set_local_grad(param, torch.full_like(safe_get_local_grad(param), torch.inf))
+
+
 def fetch_rows(param: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Rows `ids` (int64 [S] on CPU, -1 for none) of a matrix, zeros for ids it does not have. All ranks must call.
 
@@ -239,3 +253,64 @@ def count_gathered(model: nn.Module) -> int:
     """Parameters that are whole on this rank although ZeRO-3 does not keep them so."""
     available = ZeroParamStatus.AVAILABLE
     return sum(p.ds_status == available and not p.ds_persist for p in model.parameters() if is_partitioned(p))
+
+
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, client_state: dict[str, Any]) -> None:
+    """DeepSpeed's checkpoint in `folder`, without moving its `latest`. All ranks must call.
+
+    `engine.save_checkpoint` has barriers, at which the other ranks would wait for one whose disk is full: its writes'
+    errors are held back until all ranks are through.
+
+    Raises:
+        CheckpointError: where this rank could not write.
+    """
+    errors: list[Exception] = []
+
+    def held_back(write: Callable) -> Callable:
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError on a full disk
+                errors.append(error)
+
+        return attempt
+
+    writer = engine.checkpoint_engine
+    writer.save, engine._copy_recovery_script = held_back(writer.save), held_back(engine._copy_recovery_script)
+    try:
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
+    finally:
+        del writer.save, engine._copy_recovery_script
+    if errors:
+        raise CheckpointError(f"{type(errors[0]).__name__}: {errors[0]}")
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Load DeepSpeed's own format, written at this world size; returns its client state. All ranks must call."""
+    loaded, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed could not load it")
+    return client_state
+
+
+def load_universal_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Load DeepSpeed's universal format; returns its client state. All ranks must call.
+
+    deepspeed 0.19.8 (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`) gives every parameter group the settings
+    of the first, so that norms and biases would decay, and every sub-group the same step tensor, which torch's AdamW
+    then advances once per sub-group: both are put right here. The switch is the JSON's `checkpoint.load_universal`,
+    set for this one load, as the engine's later checkpoints are of its own format.
+    """
+    engine._config.load_universal_checkpoint = True
+    try:
+        client_state = load_checkpoint(engine, folder)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    saved = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", mmap=True, weights_only=False)
+    optimizer = engine.optimizer.optimizer
+    for group, values in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
+        group.update({key: value for key, value in values.items() if key != "params"})
+    for state in optimizer.state.values():
+        if torch.is_tensor(state["step"]):
+            state["step"] = state["step"].clone()
+    return client_state

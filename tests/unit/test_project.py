@@ -20,11 +20,11 @@ DOTFILES = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
-    0: {"config", "settings"},
-    1: {"distributed", "batch", "order", "rows", "tokenizer", "volume"},
-    2: {"loss", "zero", "tracking", "chat", "backbone", "shards"},
-    3: {"data", "student", "teacher", "decoder", "objective"},
-    4: {"rollout", "checkpoint", "export", "evaluation"},
+    0: {"config", "settings", "errors"},
+    1: {"distributed", "batch", "order", "rows", "tokenizer", "volume", "signals", "manifest", "timing", "progress"},
+    2: {"loss", "zero", "tracking", "chat", "backbone", "shards", "elastic"},
+    3: {"data", "student", "teacher", "decoder", "objective", "performance"},
+    4: {"rollout", "checkpoint", "export", "evaluation", "faults"},
     5: {"trainer", "assembly"},
     6: {"cli", "__main__", "bench", "__init__"},
 }
