@@ -21,6 +21,8 @@ from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 
+from engine import hosts
+
 
 def init_distributed(timeout_s: int) -> torch.device:
     """Join the process group and return this rank's device. Plain `python` becomes a world of one.
@@ -29,6 +31,12 @@ def init_distributed(timeout_s: int) -> torch.device:
     for MPI.
     """
     if "RANK" not in os.environ:
+        started = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+        if started > 1:
+            raise ValueError(
+                f"srun or mpirun started {started} processes and none knows its rank: put launch/rank.sh before "
+                "`python -m engine`, as launch/slurm.sbatch and launch/mpi.sh do"
+            )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -40,16 +48,40 @@ def init_distributed(timeout_s: int) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores with each other's threads crawl
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_per_node()))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = hosts.local_rank()
     get_accelerator().set_device(local_rank)
-    if not deepspeed.comm.is_initialized():
+    if not dist.is_initialized():
         backend = get_accelerator().communication_backend_name()
-        deepspeed.init_distributed(
-            dist_backend=backend if backend != "ccl" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-        )
+        join_world(backend if backend != "ccl" else "gloo", timeout_s)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timedelta(seconds=timeout_s), verbose=False)
+    hosts.introduce()
     return torch.device(
         get_accelerator().device_name(local_rank) if get_accelerator().device_name() != "cpu" else "cpu"
     )
+
+
+def join_world(backend: str, timeout_s: int) -> None:
+    """Start torch's process group over the store at which all ranks have met. All ranks must call.
+
+    Raises:
+        ConnectionError: where ranks stay away or cannot connect; the text names ranks and hosts.
+    """
+    store = hosts.meet(timeout_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        raise ConnectionError(f"{hosts.explain_no_connection(store, world_size)} ({text})") from error
+
+
+def bound_waits(timeout_s: int) -> None:
+    """Give every process group of this rank the run's timeout. torch and DeepSpeed make groups with torch's own,
+    30 minutes on gloo. Call once all parts are built."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def ranks_per_node() -> int:

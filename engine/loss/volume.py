@@ -30,3 +30,28 @@ def scalar_bytes(tokens: int, group_size: int) -> float:
     for each of the group's G T tokens), and the sums (6 fp32, all-reduced)."""
     per_token = 2 * 8 + 7 * FLOAT_BYTES * group_size + 2 * 6 * FLOAT_BYTES
     return (group_size - 1) * tokens * per_token
+
+
+def zero3_gather_bytes(num_elements: int, world_size: int, weight_bytes: int) -> float:
+    """Sent per rank when ZeRO-3 gathers parameters once: (1 - 1/N) of their elements.
+
+    A step gathers the backbone (all but the head, and but the small ones that stay whole) in each forward and, unless
+    `stage3_max_reuse_distance` keeps them, again in each backward; the teacher's in each forward; a rollout everything.
+    """
+    return num_elements * (1 - 1 / world_size) * weight_bytes
+
+
+def zero3_gradient_bytes(num_elements: int, world_size: int, gradient_bytes: int, is_gloo: bool) -> float:
+    """Sent per rank when ZeRO-3 reduces and scatters the backbone's gradient, once per micro-batch: as a gather; twice
+    that on gloo, which all-reduces."""
+    return num_elements * (1 - 1 / world_size) * gradient_bytes * (2 if is_gloo else 1)
+
+
+def leaving_host_ring(sent_bytes: float) -> float:
+    """Bytes that leave a host for the next one when a ring collective spans hosts of consecutive ranks: one rank's."""
+    return sent_bytes
+
+
+def leaving_host_exchange(sent_bytes: float, world_size: int, ranks_per_host: int) -> float:
+    """Bytes that leave a host in an all-to-all, in which each of its ranks sends everyone else an equal part."""
+    return sent_bytes * ranks_per_host * (world_size - ranks_per_host) / (world_size - 1)

@@ -21,10 +21,10 @@ DOTFILES = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
     0: {"config", "settings"},
-    1: {"distributed", "batch", "order", "rows", "tokenizer"},
+    1: {"distributed", "hosts", "logs", "batch", "order", "rows", "tokenizer"},
     2: {"loss", "zero", "tracking", "chat", "backbone"},
     3: {"data", "student", "teacher", "decoder", "objective"},
-    4: {"rollout", "checkpoint", "export", "evaluation"},
+    4: {"rollout", "checkpoint", "check", "export", "evaluation"},
     5: {"trainer", "assembly"},
     6: {"cli", "__main__", "bench", "__init__"},
 }
