@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 FAILURE_WAIT_S = 5  # ranks of one broken collective give up within a moment of each other
 POLL_S = 0.2
+KNOCK_S = 5
 STORE_WAIT_S = 10  # an answer of a store whose host may be gone
 
 _turns = count()
@@ -38,11 +40,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def meet(timeout_s: int) -> dist.Store:
+def meet(backend: str, timeout_s: int) -> dist.Store:
     """The store of this run, once every rank has come to it. Every rank that the launcher started must call.
 
     Raises:
-        ConnectionError: where ranks stay away for `timeout_s`, or a host has no interface of the name it is to use.
+        ConnectionError: where ranks stay away for `timeout_s`, a host has no interface of the name it is to use, or
+            hosts cannot reach each other by their interfaces.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -57,7 +60,7 @@ def meet(timeout_s: int) -> dist.Store:
         ) from error
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     keys = [f"host/{r}" for r in range(world_size)]
-    store.set(keys[rank], json.dumps(describe_host()))
+    store.set(keys[rank], json.dumps(describe_host(backend)))
     try:
         store.wait(keys, timeout)
     except (dist.DistError, RuntimeError) as error:
@@ -67,38 +70,82 @@ def meet(timeout_s: int) -> dist.Store:
             f"{name_ranks(absent)} did not come within {timeout_s} s. Here are "
             f"{by_host({r: json.loads(store.get(keys[r]))['host'] for r in present})}"
         ) from error
-    problems = sorted({text for record in store.multi_get(keys) if (text := json.loads(record)["problem"])})
+    records = [json.loads(record) for record in store.multi_get(keys)]
+    problems = sorted({record["problem"] for record in records if record["problem"]})
+    if not problems:
+        problems = find_closed_doors(store, records, timeout_s)
+        if problems:
+            problems.append(f"name an interface that reaches every host with {backend.upper()}_SOCKET_IFNAME")
     if problems:
         raise ConnectionError("; ".join(problems))
     return store
 
 
-def describe_host() -> dict[str, str]:
-    """What the others must know: the host's name, its address, and what is wrong with its interface, if anything."""
-    host, wanted = host_name(), os.environ.get("GLOO_SOCKET_IFNAME", "")
+def describe_host(backend: str) -> dict[str, str]:
+    """What the others must know: the host's name, the address that it offers them, and what is wrong with that."""
+    host, variable = host_name(), f"{backend.upper()}_SOCKET_IFNAME"
+    wanted = os.environ.get(variable, "")
     interfaces = {
         name: entry.address
         for name, entries in psutil.net_if_addrs().items()
         for entry in entries
         if entry.family == socket.AF_INET
     }
-    known = [name for name in wanted.split(",") if name in interfaces]
-    problem = ""
-    if wanted and not known:
-        found = ", ".join(f"{name} {address}" for name, address in interfaces.items())
-        problem = f"GLOO_SOCKET_IFNAME={wanted}: {host} has no such interface with an address; it has {found or 'none'}"
-    address = f"{interfaces[known[0]]} on {known[0]}" if known else "its default interface"
-    return {"host": host, "address": address, "problem": problem}
+    if not wanted or wanted.startswith("^"):
+        return {"host": host, "address": default_address(backend), "interface": "its default interface", "problem": ""}
+    is_exact = backend == "gloo" or wanted.startswith("=")
+    names = wanted.removeprefix("=").split(",")
+    known = [own for own in interfaces if any(own == name if is_exact else own.startswith(name) for name in names)]
+    if known:
+        return {"host": host, "address": interfaces[known[0]], "interface": known[0], "problem": ""}
+    found = ", ".join(f"{name} {address}" for name, address in interfaces.items())
+    problem = f"{variable}={wanted}: {host} has no such interface with an address; it has {found}"
+    return {"host": host, "address": "", "interface": "", "problem": problem}
 
 
-def explain_no_connection(store: dist.Store, world_size: int) -> str:
-    """Who tried to connect from which address, for ranks that share a store and still cannot talk to each other."""
-    records = [json.loads(record) for record in store.multi_get([f"host/{r}" for r in range(world_size)])]
-    places = sorted({f"{record['host']} uses {record['address']}" for record in records})
-    return (
-        f"the ranks found each other's names and cannot connect: {'; '.join(places)}. Name an interface that reaches "
-        "every host with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
-    )
+def default_address(backend: str) -> str:
+    """The address that gloo offers, that of the host's name; for NCCL, the one from which rank 0 is reached."""
+    if backend == "gloo":
+        try:
+            return socket.gethostbyname(socket.gethostname())
+        except OSError:
+            return "127.0.0.1"  # as gloo does
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        return probe.getsockname()[0]
+
+
+def find_closed_doors(store: dist.Store, records: list[dict[str, str]], timeout_s: int) -> list[str]:
+    """Which host cannot reach which: the first rank of each opens a port at its address, and all the others knock.
+
+    Collectives over an interface that leads nowhere would fail too, after many times the timeout and without a name.
+    """
+    first_rank = {record["host"]: rank for rank, record in reversed(list(enumerate(records)))}
+    if len(first_rank) == 1:
+        return []
+    rank, timeout = int(os.environ["RANK"]), timedelta(seconds=timeout_s)
+    verdicts = [f"verdict/{first}" for first in first_rank.values()]
+    if rank in first_rank.values():
+        own = records[rank]
+        with socket.create_server((own["address"], 0), backlog=len(first_rank)) as door:
+            store.set(f"door/{rank}", str(door.getsockname()[1]))
+            store.wait([f"door/{first}" for first in first_rank.values()], timeout)
+
+            def knock(first: int) -> str | None:
+                other = records[first]
+                try:
+                    socket.create_connection((other["address"], int(store.get(f"door/{first}"))), KNOCK_S).close()
+                except OSError as error:
+                    places = [f"{place['host']} ({place['address']} on {place['interface']})" for place in (own, other)]
+                    return f"{places[0]} cannot reach {places[1]}: {error}"
+                return None
+
+            with ThreadPoolExecutor(max_workers=16) as knockers:
+                found = [text for text in knockers.map(knock, set(first_rank.values()) - {rank}) if text]
+            store.set(f"verdict/{rank}", json.dumps(found))
+            store.wait(verdicts, timeout)
+    store.wait(verdicts, timeout)
+    return sorted({text for verdict in store.multi_get(verdicts) for text in json.loads(verdict)})
 
 
 def run_store() -> dist.Store:
@@ -159,6 +206,21 @@ def silent_ranks() -> dict[int, str]:
         return {r: store.get(f"host/{r}").decode() for r in silent}
 
     return bounded(ask, STORE_WAIT_S) or {}
+
+
+def close_report() -> None:
+    """Let the ranks in `await_report` go: the first failure has been told in full."""
+    bounded(lambda: run_store().set("reported", ""), STORE_WAIT_S)
+
+
+def await_report() -> None:
+    """Stay until the first failure has been told: a launcher ends a host's other ranks when one of them exits."""
+
+    def wait() -> None:
+        while not run_store().check(["reported"]):
+            time.sleep(POLL_S)
+
+    bounded(wait, FAILURE_WAIT_S + STORE_WAIT_S)
 
 
 def bounded(function: Callable[[], T], seconds: float) -> T | None:

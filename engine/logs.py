@@ -68,6 +68,9 @@ def report_failure(error: Exception) -> int:
         silent = hosts.silent_ranks() if is_broken_link(error) else {}
         if silent:
             print(f"error: no answer from {hosts.by_host(silent)}", file=console, flush=True)
+        hosts.close_report()
+    elif is_first is not None and is_broken_link(error):
+        hosts.await_report()
     elif is_first is None and hosts.local_rank() == 0 and not isinstance(error, ValueError):
         # The store lived in rank 0's process, which has reported its own failure if it had the time.
         print(f"error: lost rank 0; the traceback is in {_log_path}", file=console, flush=True)

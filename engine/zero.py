@@ -67,14 +67,11 @@ def join_world(backend: str, timeout_s: int) -> None:
     Raises:
         ConnectionError: where ranks stay away or cannot connect; the text names ranks and hosts.
     """
-    store = hosts.meet(timeout_s)
+    store = hosts.meet(backend, timeout_s)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    timeout = timedelta(seconds=timeout_s)
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        raise ConnectionError(f"{hosts.explain_no_connection(store, world_size)} ({text})") from error
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )
 
 
 def bound_waits(timeout_s: int) -> None:

@@ -1,5 +1,5 @@
 """Trains as `engine train` does, on two hosts, and prints as JSON the bytes that a step receives from the other host
-beside those of the formulas: `deepspeed ... --module tests.multinode.count_bytes RECIPE`."""
+beside those of the formulas: `deepspeed ... --module tests.multinode.count_bytes RECIPE ...`."""
 
 from __future__ import annotations
 
@@ -45,35 +45,38 @@ class Counter:
         return received
 
 
-def main(recipe: Path) -> None:
-    config = GKDConfig(**yaml.safe_load(recipe.read_text()))
-    trainer = GKDTrainer(args=config)
-    run, counter = trainer.run, Counter()
+def main(recipes: list[Path]) -> None:
+    for recipe in recipes:
+        figures = count(GKDConfig(**yaml.safe_load(recipe.read_text())))
+        if dist.get_rank() == 0:
+            print("bytes", json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def count(config: GKDConfig) -> dict[str, dict[str, float]]:
+    """Mean bytes of a step, after the first ones: of the loss and of the whole."""
+    trainer, counter = GKDTrainer(args=config), Counter()
+    run, objective = trainer.run, trainer.run.objective
     run.student.open_step = counter.wrap("loss", run.student.open_step)
     run.student.head.close_step = counter.wrap("loss", run.student.head.close_step)
-    objective = type(run.objective)
-    objective.__call__ = counter.wrap("loss", objective.__call__)
-    step, num_steps = counter.wrap("step", trainer._train_step), 0
-    per_step: dict[str, list[int]] = {"loss": [], "step": []}
+    run.objective = counter.wrap("loss", objective)
+    run.objective.spec = objective.spec
+    step = counter.wrap("step", trainer._train_step)
+    per_step: list[dict[str, int]] = []
 
     def counted_step() -> dict[str, float]:
-        nonlocal num_steps
         counter.received.clear()
         metrics = step()
-        num_steps += 1
-        if num_steps > WARM_STEPS:
-            for name, received in counter.received.items():
-                per_step[name].append(received)
+        per_step.append(dict(counter.received))
         trainer.tokens_per_rank = metrics["train/tokens"] / run.world_size
         return metrics
 
     trainer._train_step = counted_step
     trainer.train()
-    if run.rank == 0:
-        measured = {name: sum(values) / len(values) for name, values in per_step.items()}
-        print("bytes", json.dumps({"measured": measured, "formula": formulas(trainer)}))
-    dist.barrier()
-    dist.destroy_process_group()
+    kept = per_step[WARM_STEPS:]
+    measured = {name: sum(received[name] for received in kept) / len(kept) for name in ("loss", "step")}
+    return {"measured": measured, "formula": formulas(trainer)}
 
 
 def formulas(trainer: GKDTrainer) -> dict[str, float]:
@@ -103,4 +106,4 @@ def partitioned_elements(model) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    main([Path(word) for word in sys.argv[1:] if word.endswith(".yaml")])

@@ -13,9 +13,9 @@ import yaml
 
 from tests.integration.launch import free_port
 from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
-from tests.multinode.network import HOSTS, INTERFACE, ROOT, Network, sh
+from tests.multinode.network import HOSTS, INTERFACE, ROOT, sh
 
-NUM_STEPS, SAVE_STEPS = 30, 5
+NUM_STEPS, SAVE_STEPS = 16, 4
 TIMEOUT_S = 20
 
 
@@ -60,7 +60,7 @@ def test_a_lost_link_ends_the_run_and_the_next_one_goes_on(network, finished, re
     command = words("multinode", "train", recipe, "--output_dir", str(folder), "--resume_from_checkpoint", "auto")
     process = network.start("n1", command)
     metrics, end = folder / "metrics.jsonl", time.monotonic() + 90
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < SAVE_STEPS + 2:
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < SAVE_STEPS + 1:
         assert time.monotonic() < end and process.poll() is None, network.wait(process, 1)[1][-4000:]
         time.sleep(0.02)
     network.set_link("n2", "down")
@@ -95,8 +95,10 @@ def test_ssh_down_names_the_host_before_anything_starts(network, recipe):
         network.start_sshd("n2")
 
 
-def test_check_tells_everything_that_differs(network, recipe, tmp_path):
-    """Another transformers, other data and an unshared run folder on n2: all named at once, and training refuses."""
+@pytest.mark.parametrize("command", ["check", pytest.param("train", marks=pytest.mark.slow)])
+def test_a_host_that_differs_is_named(network, recipe, tmp_path, command):
+    """Another transformers, other data and an unshared run folder on n2: `check` names all of it at once, `train` the
+    first of it."""
     metadata = next(
         path
         for path in importlib.metadata.distribution("transformers").files
@@ -115,19 +117,18 @@ def test_check_tells_everything_that_differs(network, recipe, tmp_path):
     )
     network.restart("n2", before=mounts)
     try:
-        status, output = network.run("n1", words("multinode", "check", recipe, "--output_dir", str(run)))
-        refused, refusal = network.run("n1", words("multinode", "train", recipe, "--output_dir", str(run)))
+        status, output = network.run("n1", words("multinode", command, recipe, "--output_dir", str(run)))
     finally:
         network.restart("n2")
     version = importlib.metadata.version("transformers")
-    assert status != 0, output[-3000:]
     differs = f"transformers differs: {version} on ranks 0, 1 on n1, but 4.{version} on ranks 2, 3 on n2"
-    for text in (differs, "dataset differs: ", "is not shared", "n2 has ", "not fit to run"):
-        assert text in output, output[-3000:]
-    assert refused != 0 and f"error: the ranks are not alike: {differs}" in refusal, refusal[-3000:]
-    assert "Traceback" not in output + refusal and refusal.count("error: ") == 1
+    assert status != 0 and "Traceback" not in output, output[-3000:]
+    texts = (f"error: {differs}", "error: dataset differs: ", "is not shared", "n2 has ", "not fit to run")
+    for text in texts if command == "check" else (f"error: the ranks are not alike: {differs}",):
+        assert output.count(text) == 1, output[-3000:]
 
 
+@pytest.mark.slow
 def test_check_measures_links_under_ssh_and_a_selection(network, recipe):
     """LAUNCHER=ssh with two of the four slots; the bandwidth across hosts is measured."""
     words_ = words("multinode", "check", recipe)
@@ -137,6 +138,7 @@ def test_check_measures_links_under_ssh_and_a_selection(network, recipe):
         assert text in output, output[-3000:]
 
 
+@pytest.mark.slow
 def test_mpi_starts_the_same_ranks(network, recipe):
     if shutil.which("mpirun") is None:
         pytest.skip("not installed: openmpi-bin")
@@ -146,6 +148,7 @@ def test_mpi_starts_the_same_ranks(network, recipe):
     assert "4 ranks: ranks 0, 1 on n1; ranks 2, 3 on n2" in output
 
 
+@pytest.mark.slow
 def test_an_interface_that_is_not_there_is_named(network, recipe):
     status, output = network.run("n1", words("multinode", "check", recipe), IFNAME="eth9", MASTER_ADDR=HOSTS["n1"])
     assert status != 0 and "GLOO_SOCKET_IFNAME=eth9: n1 has no such interface with an address" in output, output[-3000:]
@@ -167,7 +170,7 @@ def test_an_interface_that_reaches_nobody_is_named(network, recipe):
         for host in HOSTS:
             sh(f"ip -n {network.name[host]} link del far0")
     assert status != 0 and time.monotonic() - started < TIMEOUT_S + 60
-    assert "cannot connect: n1 uses 10.78.0.1 on far0; n2 uses 10.78.0.2 on far0" in output, output[-3000:]
+    assert "n1 (10.78.0.1 on far0) cannot reach n2 (10.78.0.2 on far0)" in output, output[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -188,21 +191,25 @@ def wide_recipe(tmp_path_factory) -> Path:
     return folder / "recipe.yaml"
 
 
-@pytest.mark.parametrize("group_size", [2, 4], ids=["node", "world"])
-def test_bytes_between_hosts_match_the_formulas(network: Network, wide_recipe, group_size):
-    """Interface counters against engine/loss/volume.py: those of the loss, and those of the whole step, within 15%."""
-    fields = yaml.safe_load(wide_recipe.read_text()) | {"vocab_parallel_size": group_size}
-    recipe = wide_recipe.with_name(f"recipe_{group_size}.yaml")
-    recipe.write_text(yaml.safe_dump(fields))
+def test_bytes_between_hosts_match_the_formulas(network, wide_recipe):
+    """Interface counters against engine/loss/volume.py, for vocab_parallel_size = node and = world: those of the loss,
+    and those of the whole step, within 15%."""
+    recipes = []
+    for group_size in (2, 4):
+        fields = yaml.safe_load(wide_recipe.read_text()) | {"vocab_parallel_size": group_size}
+        recipes.append(str(wide_recipe.with_name(f"recipe_{group_size}.yaml")))
+        Path(recipes[-1]).write_text(yaml.safe_dump(fields))
     command = ["deepspeed", "--hostfile", network.environment["HOSTFILE"], "--master_addr", HOSTS["n1"]]
     (network.folder / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\n")
     try:
-        status, output = network.run("n1", [*command, "--module", "tests.multinode.count_bytes", str(recipe)])
+        status, output = network.run("n1", [*command, "--module", "tests.multinode.count_bytes", *recipes])
     finally:
         (network.folder / ".deepspeed_env").unlink()
     assert status == 0, output[-3000:]
-    figures = json.loads(next(line.split("bytes ", 1)[1] for line in output.splitlines() if "bytes {" in line))
-    measured, formula = figures["measured"], figures["formula"]
-    print(figures)
-    assert measured["loss"] == pytest.approx(formula["loss"], rel=0.15)
-    assert measured["step"] == pytest.approx(formula["loss"] + formula["zero3"], rel=0.15)
+    lines = [json.loads(line.split("bytes ", 1)[1]) for line in output.splitlines() if "bytes {" in line]
+    print(*lines, sep="\n")
+    for line in lines:
+        measured, formula = line["measured"], line["formula"]
+        assert measured["loss"] == pytest.approx(formula["loss"], rel=0.15)
+        assert measured["step"] == pytest.approx(formula["loss"] + formula["zero3"], rel=0.15)
+    assert len(lines) == 2

@@ -100,10 +100,12 @@ def test_the_kubernetes_job_fits_the_operators_schema():
     job = yaml.safe_load((LAUNCH / "k8s.yaml").read_text())
     built = build("KubeflowOrgV1PyTorchJob", job, "job")
     assert (built.api_version, built.kind) == ("kubeflow.org/v1", "PyTorchJob")
-    (container,) = built.spec.pytorch_replica_specs["Worker"].template.spec.containers
-    command = container.args[0].split()
-    assert command[1:5] == ["torchrun", "--module", "engine", "train"]
-    fields = dict(zip(command[5::2], command[6::2], strict=True))
+    replicas = built.spec.pytorch_replica_specs
+    assert replicas.keys() == {"Master", "Worker"}  # without a master, the operator sets no MASTER_ADDR
+    (container,) = replicas["Worker"].template.spec.containers
+    launcher, command = container.args[0].split(" --module engine train ")
+    assert f"--nnodes {sum(replica.replicas for replica in replicas.values())} " in launcher
+    fields = dict(zip(command.split()[::2], command.split()[1::2], strict=True))
     assert Path(LAUNCH.parent, fields.pop("--config")).is_file()
     GKDConfig(**{name.removeprefix("--"): value for name, value in fields.items()})
     del job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"]
