@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import zero
-from engine.backbone import read_model_config
+from engine import check, hosts, zero
+from engine.backbone import download_model, read_model_config
+from engine.batch import Sample
 from engine.chat import check_same_vocabulary, stop_token_ids
 from engine.checkpoint import Checkpoints
 from engine.config import GKDConfig
@@ -27,6 +28,7 @@ from engine.faults import BadSteps
 from engine.objective import Objective
 from engine.performance import Meter
 from engine.rollout import Rollout
+from engine.rows import Source
 from engine.settings import resolve_deepspeed, teacher_settings
 from engine.student import Student, build_student
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
@@ -75,12 +77,58 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     """
     device = zero.init_distributed(config.timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    check.same_setup(config, writes=train)
     resolve_deepspeed(config, world_size)  # so that a contradiction in it is named first
     if config.teacher_placement == "zero3":
         teacher_settings(config)
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find()
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
+    read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size))
+    check.same_data(read.sources)
+
+    groups = build_vocab_groups(config.vocab_parallel_size, zero.ranks_per_node())
+    student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
+    teacher = build_teacher(config, inputs.teacher_model, device)
+    if isinstance(teacher, AlternatingTeacher):
+        teacher.student_engine = student.engine
+    objective = Objective(config, student.head, teacher.head, read.shared_vocab_size, device)
+    sampling = build_sampling(config, read.tokenizer, student.model, read.shared_vocab_size)
+    rollout = Rollout(config, sampling, rank, world_size, device)
+    evaluator = None
+    if read.evaluator_batches is not None:
+        evaluator = Evaluator(read.evaluator_batches, objective, rollout, student, teacher)
+    zero.bound_waits(config.timeout_s)
+    return Run(
+        config, rank, world_size, device, read.tokenizer, student, teacher, objective, rollout, read.data, evaluator,
+        checkpoints, resume_from, BadSteps(config, read.tokenizer, rank, device), Meter(student.model, teacher.model),
+        read.num_steps, settings,
+    )  # fmt: skip
+
+
+@dataclass
+class _Read:
+    """What a rank has read and checked before it builds anything."""
+
+    shared_vocab_size: int
+    tokenizer: Any
+    data: StepData | None
+    evaluator_batches: list[list[Sample]] | None
+    num_steps: int
+    sources: dict[str, Source]
+
+
+def _read_inputs(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int) -> _Read:
+    """Read configurations, tokenizers and rows and download what is missing, the first rank of a host before the rest.
+
+    Raises:
+        ValueError: for input that cannot work.
+    """
+    with hosts.host_by_host(config.prepare_timeout_s):
+        return _read(config, inputs, train, rank, world_size)
+
+
+def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int) -> _Read:
     student_config, teacher_config = (
         _model_config(given, name, field, config)
         for given, name, field in (
@@ -90,31 +138,23 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     )
     shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
     tokenizer = _tokenizer(config, inputs, shared_vocab_size)
-    data = evaluator_batches = None
+    data, evaluator_batches, sources = None, None, {}
     if train:
         rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank)
         data = StepData(rows, config, world_size, rank)
+        sources[config.dataset_train_split] = rows.source
     if inputs.eval_dataset is not None or (inputs.train_dataset is None and _wants_evaluation(config, train)):
         rows = build_rows(inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank)
         evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
+        sources[config.dataset_test_split] = rows.source
+    for given, name in (
+        (inputs.model, config.model_name_or_path),
+        (inputs.teacher_model, config.teacher_model_name_or_path),
+    ):
+        if given is None:
+            download_model(name)
     num_steps = count_steps(config, data) if train else 1
-
-    groups = build_vocab_groups(config.vocab_parallel_size, zero.ranks_per_node())
-    student = build_student(config, inputs.model, groups, shared_vocab_size, num_steps)
-    teacher = build_teacher(config, inputs.teacher_model, device)
-    if isinstance(teacher, AlternatingTeacher):
-        teacher.student_engine = student.engine
-    objective = Objective(config, student.head, teacher.head, shared_vocab_size, device)
-    sampling = build_sampling(config, tokenizer, student.model, shared_vocab_size)
-    rollout = Rollout(config, sampling, rank, world_size, device)
-    evaluator = None
-    if evaluator_batches is not None:
-        evaluator = Evaluator(evaluator_batches, objective, rollout, student, teacher)
-    return Run(
-        config, rank, world_size, device, tokenizer, student, teacher, objective, rollout, data, evaluator,
-        checkpoints, resume_from, BadSteps(config, tokenizer, rank, device), Meter(student.model, teacher.model),
-        num_steps, settings,
-    )  # fmt: skip
+    return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, sources)
 
 
 def _wants_evaluation(config: GKDConfig, train: bool) -> bool:

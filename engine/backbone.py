@@ -7,9 +7,11 @@ builds the block-diagonal causal mask itself. Nothing here computes logits.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import HfDeepSpeedConfig
@@ -18,6 +20,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from engine.batch import PackedBatch
 from engine.config import GKDConfig
 from engine.shards import load_partitioned
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 class HiddenStates(nn.Module):
@@ -96,6 +100,33 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
         raise ValueError(
             f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
         ) from error
+
+
+def download_model(name: str) -> None:
+    """Fetch a hub model's files into this host's cache; a local folder needs nothing. The weights are `*.safetensors`,
+    or `*.bin` where there are no such files.
+
+    Raises:
+        ValueError: where the hub has no such model, or cannot be reached and the cache does not have it.
+    """
+    if Path(name).exists():
+        return
+    try:
+        folder = snapshot_download(name, allow_patterns=MODEL_FILES)
+        if not any(Path(folder).glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"])
+    except (OSError, ValueError) as error:  # the hub's errors derive from one of them
+        raise ValueError(
+            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
+        ) from error
+
+
+def count_parameters(name: str, config: GKDConfig) -> int:
+    """Parameters of a model, from its configuration alone."""
+    model_config = read_model_config(name, config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    return model.num_parameters()
 
 
 def switch_dropout_off(model: nn.Module) -> None:

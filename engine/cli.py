@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
-from engine.errors import BadStepsError, CheckpointError
 
 
 def main(arguments: list[str]) -> int:
@@ -35,12 +34,10 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return COMMANDS[options.command](options, parse_overrides(rest))
-    except (ValueError, CheckpointError, BadStepsError) as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-        if os.environ.get("GKD_TRACEBACK"):
-            raise
-        return 2 if isinstance(error, ValueError) else 1
+    except Exception as error:  # the process ends here: the report decides on which rank's console it shows
+        from engine.logs import report_failure
+
+        return report_failure(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in (
         ("train", "distil the teacher into the student"),
         ("evaluate", "evaluate a student on the test split"),
+        ("check", "compare the ranks of a cluster, and measure links, disk and clocks, before a job"),
     ):
         command = commands.add_parser(
             name, help=text, epilog=describe_fields(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -130,8 +128,10 @@ def read_config(path: Path | None, overrides: dict[str, str]) -> GKDConfig:
 
 def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = read_config(options.config, overrides)
+    from engine.logs import open_rank_log
     from engine.trainer import GKDTrainer
 
+    open_rank_log(Path(config.output_dir))
     trainer = GKDTrainer(args=config)
     trainer.train()
     if trainer.run.rank == 0:
@@ -179,6 +179,22 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
+def check(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = read_config(options.config, overrides)
+    import torch.distributed as dist
+
+    from engine import zero
+    from engine.check import check_cluster
+
+    problems = check_cluster(config, zero.init_distributed(config.timeout_s))
+    if dist.get_rank() == 0:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        print("not fit to run" if problems else "all alike: fit to run")
+    leave()
+    return 2 if problems else 0
+
+
 def export(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if overrides:
         raise ValueError(f"export takes no configuration fields, got {', '.join(overrides)}")
@@ -205,4 +221,4 @@ def print_fields(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "fields": print_fields}
+COMMANDS = {"train": train, "evaluate": evaluate, "check": check, "export": export, "fields": print_fields}

@@ -180,6 +180,9 @@ class GKDConfig:
     seed: int = option(42, "Seed of data order, on-policy draws and sampling.")
     deepspeed: Any = option(None, "DeepSpeed JSON (path or dict); unset: ZeRO-3 without offload.")
     timeout_s: int = option(600, "Seconds after which a collective without an answer ends the run.")
+    prepare_timeout_s: int = option(
+        7200, "Seconds to wait for the first rank of a host to download models and read the data."
+    )
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -217,8 +220,8 @@ class GKDConfig:
         for name in ("learning_rate", "weight_decay", "warmup_steps"):
             require(getattr(self, name) >= 0, name, "0 or more")
         positive = ("max_length", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
-        positive += ("teacher_tp_size", "num_generations", "generation_rows", "rollout_reuse")
-        for name in (*positive, "gradient_accumulation_steps", "logging_steps", "timeout_s", "max_bad_steps"):
+        positive += ("teacher_tp_size", "num_generations", "generation_rows", "rollout_reuse", "max_bad_steps")
+        for name in (*positive, "gradient_accumulation_steps", "logging_steps", "timeout_s", "prepare_timeout_s"):
             require(getattr(self, name) > 0, name, "positive")
         for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "save_minutes", "max_minutes",
                      "loss_chunk_bytes", "max_samples", "eval_max_samples", "log_completions_steps"):  # fmt: skip

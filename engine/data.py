@@ -125,6 +125,10 @@ class Rows:
         self._needs_completion, self._max_length, self._rank = needs_completion, max_length, rank
         self._encoder = SampleEncoder(tokenizer, max_length)
 
+    @property
+    def source(self) -> Source:
+        return self._source
+
     def _usable(self, report: bool) -> Iterator[tuple[int, Row]]:
         """The rows whose prompt fits, with their number in the source; at the end, the checks of the whole.
 

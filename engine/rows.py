@@ -10,9 +10,11 @@ of messages), and prompts only (`prompt` alone, or `messages` that end before an
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from datasets.exceptions import DatasetsError
 from engine.config import GKDConfig
 
 ROLES = ("system", "user", "assistant", "tool")
+FINGERPRINT_ROWS = 1000
+FINGERPRINT_STREAM_ROWS = 16
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -177,6 +181,25 @@ def as_source(data: Any, split: str, name: str) -> Source:
     raise ValueError(
         f"{name} must be a datasets.Dataset, an IterableDataset or a list of dicts, is {type(data).__name__}"
     )
+
+
+def fingerprint(source: Source) -> str:
+    """A digest of the rows: all bytes of a JSONL file, else the number of rows and a thousand of them, spread evenly;
+    the first few of a stream."""
+    digest = hashlib.blake2b(digest_size=6)
+    if isinstance(source, JsonLines):
+        with source.path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+        return digest.hexdigest()
+    if isinstance(source, IterableDataset):
+        rows = list(islice(source, FINGERPRINT_STREAM_ROWS))
+    else:
+        digest.update(str(len(source)).encode())
+        rows = (source[i] for i in range(0, len(source), max(1, len(source) // FINGERPRINT_ROWS)))
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def place_of(source: Source, name: str, index: int) -> str:

@@ -33,18 +33,34 @@ def scalar_bytes(tokens: int, group_size: int) -> float:
     return (group_size - 1) * tokens * per_token
 
 
-def zero3_forward_bytes(num_params: int, world_size: int, element_bytes: int) -> float:
-    """Sent per rank and forward pass of a ZeRO-3 model: each of its pieces to every other rank, P (N - 1) / N elements.
-
-    `num_params` counts what the forward pass fetches: not the head, and not what ZeRO keeps whole
-    (`stage3_param_persistence_threshold`).
-    """
-    return num_params * (world_size - 1) / world_size * element_bytes
-
-
 def tensor_parallel_forward_bytes(
     tokens: int, num_layers: int, hidden: int, group_size: int, element_bytes: int
 ) -> float:
     """Sent per rank and forward pass of a teacher split over k ranks: two all-reduces a layer over the k micro-batches
     that are scored together, 2 L k T H_t elements each of which travels 2 (k - 1) / k times."""
     return 2 * num_layers * group_size * tokens * hidden * 2 * (group_size - 1) / group_size * element_bytes
+
+
+def zero3_gather_bytes(num_elements: int, world_size: int, weight_bytes: int) -> float:
+    """Sent per rank when ZeRO-3 gathers parameters once: (1 - 1/N) of their elements.
+
+    A step gathers the backbone (all but the head, and but the small ones that stay whole) in each forward and, unless
+    `stage3_max_reuse_distance` keeps them, again in each backward; the teacher's in each forward; a rollout everything.
+    """
+    return num_elements * (1 - 1 / world_size) * weight_bytes
+
+
+def zero3_gradient_bytes(num_elements: int, world_size: int, gradient_bytes: int, is_gloo: bool) -> float:
+    """Sent per rank when ZeRO-3 reduces and scatters the backbone's gradient, once per micro-batch: as a gather; twice
+    that on gloo, which all-reduces."""
+    return num_elements * (1 - 1 / world_size) * gradient_bytes * (2 if is_gloo else 1)
+
+
+def leaving_host_ring(sent_bytes: float) -> float:
+    """Bytes that leave a host for the next one when a ring collective spans hosts of consecutive ranks: one rank's."""
+    return sent_bytes
+
+
+def leaving_host_exchange(sent_bytes: float, world_size: int, ranks_per_host: int) -> float:
+    """Bytes that leave a host in an all-to-all, in which each of its ranks sends everyone else an equal part."""
+    return sent_bytes * ranks_per_host * (world_size - ranks_per_host) / (world_size - 1)

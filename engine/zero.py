@@ -26,6 +26,7 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 from torch.distributed import distributed_c10d
 
+from engine import hosts
 from engine.errors import CheckpointError
 
 
@@ -36,6 +37,12 @@ def init_distributed(timeout_s: int) -> torch.device:
     for MPI.
     """
     if "RANK" not in os.environ:
+        started = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+        if started > 1:
+            raise ValueError(
+                f"srun or mpirun started {started} processes and none knows its rank: put launch/rank.sh before "
+                "`python -m engine`, as launch/slurm.sbatch and launch/mpi.sh do"
+            )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -50,16 +57,37 @@ def init_distributed(timeout_s: int) -> torch.device:
     # DeepSpeed makes further groups with torch's default time-out (30 min for gloo), on which a rank would wait for a
     # stuck one after the world's own time-out has passed.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = hosts.local_rank()
     get_accelerator().set_device(local_rank)
-    if not deepspeed.comm.is_initialized():
+    if not dist.is_initialized():
         backend = get_accelerator().communication_backend_name()
-        deepspeed.init_distributed(
-            dist_backend=backend if backend != "ccl" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-        )
+        join_world(backend if backend != "ccl" else "gloo", timeout_s)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timedelta(seconds=timeout_s), verbose=False)
+    hosts.introduce()
     return torch.device(
         get_accelerator().device_name(local_rank) if get_accelerator().device_name() != "cpu" else "cpu"
     )
+
+
+def join_world(backend: str, timeout_s: int) -> None:
+    """Start torch's process group over the store at which all ranks have met. All ranks must call.
+
+    Raises:
+        ConnectionError: where ranks stay away or cannot connect; the text names ranks and hosts.
+    """
+    store = hosts.meet(backend, timeout_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def bound_waits(timeout_s: int) -> None:
+    """Give every process group of this rank the run's timeout. torch and DeepSpeed make groups with torch's own,
+    30 minutes on gloo. Call once all parts are built."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def ranks_per_node() -> int:

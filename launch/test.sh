@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
+source launch/system.sh
 enter_venv test
+install_system_packages
 
 export OMP_NUM_THREADS=1 WANDB_MODE=offline HF_HUB_OFFLINE=1
 # DeepSpeed compiles into this folder; a build that was killed leaves a lock there, so no two runs share it.

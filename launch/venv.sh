@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, not run: `source launch/venv.sh` and then `enter_venv EXTRA`.
 #
 # Makes .venv in the repository's root, installs the engine with one extra of pyproject.toml and puts the venv first
@@ -48,6 +49,6 @@ enter_venv() {
         index=(--index-url "$TORCH_INDEX_URL")
     fi
     python -m pip install --quiet "${index[@]}" "$torch_pin"
-    python -m pip install --quiet --editable "$REPO_ROOT[$extra]" --constraint "$constraints"
+    python -m pip install --quiet --editable "${REPO_ROOT}[$extra]" --constraint "$constraints"
     echo "$wanted" >"$stamp"
 }

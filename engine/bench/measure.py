@@ -72,8 +72,13 @@ def _status_bytes(field: str) -> int:
 
 def loopback_bytes() -> int:
     """Bytes that this machine's loopback interface has received."""
+    return received_bytes("lo")
+
+
+def received_bytes(interface: str) -> int:
+    """Bytes that a network interface of this host has received."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
-        if name.strip() == "lo":
+        if name.strip() == interface:
             return int(counters.split()[0])
-    raise RuntimeError("/proc/net/dev has no lo")
+    raise RuntimeError(f"/proc/net/dev has no {interface}")

@@ -92,7 +92,7 @@ def check_teacher_bytes(folder: str, changes: dict) -> tuple[float, float]:
     if config.teacher_placement == "tensor_parallel":
         return sent, volume.tensor_parallel_forward_bytes(400, 4, 128, config.teacher_tp_size, 4)
     fetched = [p for n, p in teacher.model.named_parameters() if "lm_head" not in n and not p.ds_persist]
-    return sent, volume.zero3_forward_bytes(sum(p.ds_numel for p in fetched), world_size, 4)
+    return sent, volume.zero3_gather_bytes(sum(p.ds_numel for p in fetched), world_size, 4)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -21,10 +21,23 @@ DOTFILES = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
     0: {"config", "settings", "errors"},
-    1: {"distributed", "batch", "order", "rows", "tokenizer", "volume", "signals", "manifest", "timing", "progress"},
+    1: {
+        "distributed",
+        "hosts",
+        "logs",
+        "batch",
+        "order",
+        "rows",
+        "tokenizer",
+        "volume",
+        "signals",
+        "manifest",
+        "timing",
+        "progress",
+    },
     2: {"loss", "zero", "tracking", "chat", "backbone", "shards", "elastic"},
     3: {"data", "student", "teacher", "decoder", "objective", "performance"},
-    4: {"rollout", "checkpoint", "export", "evaluation", "faults"},
+    4: {"rollout", "checkpoint", "check", "export", "evaluation", "faults"},
     5: {"trainer", "assembly"},
     6: {"cli", "__main__", "bench", "__init__"},
 }

@@ -1,0 +1,18 @@
+"""Fixtures of the tests on several hosts; what this machine lacks skips them, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.multinode.network import Network, why_not
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory):
+    """Two hosts, n1 and n2, with two slots each."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no hosts to test on: {reason}")
+    hosts = Network(tmp_path_factory.mktemp("network"))
+    yield hosts
+    hosts.close()
