@@ -27,9 +27,9 @@ def hidden_bytes(tokens: int, student_hidden: int, teacher_hidden: int, group_si
 
 
 def scalar_bytes(tokens: int, group_size: int) -> float:
-    """Sent per rank and micro-batch besides: weights and targets (2 fp64), softmax statistics (7 fp32 from each rank
-    for each of the group's G T tokens), and the sums (6 fp32, all-reduced)."""
-    per_token = 2 * 8 + 7 * FLOAT_BYTES * group_size + 2 * 6 * FLOAT_BYTES
+    """Sent per rank and micro-batch besides: weights and targets (2 fp64), softmax statistics (5 fp32 from each rank
+    for each of the group's G T tokens), and the sums (7 fp32, all-reduced)."""
+    per_token = 2 * 8 + 5 * FLOAT_BYTES * group_size + 2 * 7 * FLOAT_BYTES
     return (group_size - 1) * tokens * per_token
 
 

@@ -90,7 +90,7 @@ def bench(size: Size) -> list[Row]:
     """Start the ranks, measure, and return rank 0's rows."""
     with tempfile.TemporaryDirectory() as folder:
         # Without these, glibc keeps freed blocks and the peak of one contender hides that of the next.
-        os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", OMP_NUM_THREADS="1")
+        os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**22), MALLOC_TRIM_THRESHOLD_=str(2**26), OMP_NUM_THREADS="1")
         multiprocessing.spawn(_rank, args=(size, folder), nprocs=size.ranks)
         return [Row(**row) for row in json.loads((Path(folder) / "rows.json").read_text())]
 

@@ -32,6 +32,7 @@ import torch
 # Stands for the logarithm of zero. Finite, so that 0 * log 0 is 0 without a branch; an id that is masked to
 # -inf on both sides contributes nothing, one masked on the student's side only makes a forward KL about 1e30.
 LOG_ZERO = -1e30
+SMALLEST = 1.2e-38  # smallest normal fp32
 
 
 @dataclass(frozen=True)
@@ -108,36 +109,50 @@ def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, weight_a: float) -> t
 
 
 # --- Element-wise pieces of the stream. Each works on a block of rows of one vocabulary shard, in fp32. They
-# are plain functions of tensors, so that torch.compile can fuse each into one pass over the block.
+# are plain functions of tensors, so that torch.compile can fuse each into one pass over the block. Logits are at the
+# temperature already; masked ones are LOG_ZERO, not -inf.
 
 
 def shard_statistics(student_NS: torch.Tensor, teacher_NS: torch.Tensor, temperature: float) -> torch.Tensor:
-    """What a shard knows of both softmaxes: [7, N], to be merged over shards by `merge_statistics`.
+    """What a shard knows of both softmaxes: [5, N], to be merged over shards by `merge_statistics`.
 
-    Rows: max, sum of exp(z - max) and place of the max, for student then teacher; last the student's
-    sum of exp(temperature * (z - max)), its normaliser at temperature 1. Logits are at `temperature`.
+    Rows: the student's max and sum of exp(z - max); the teacher's; the student's sum of exp(temperature * (z - max)),
+    its normaliser at temperature 1.
     """
-    rows = []
-    for logits_NS in (student_NS, teacher_NS):
-        logits_NS = logits_NS.clamp_min(LOG_ZERO)
-        max_N, place_N = logits_NS.max(dim=-1)
-        rows += [max_N, (logits_NS - max_N[:, None]).exp().sum(-1), place_N.to(max_N.dtype)]
-    student_NS = student_NS.clamp_min(LOG_ZERO)
-    rows.append(rows[1] if temperature == 1.0 else ((student_NS - rows[0][:, None]) * temperature).exp().sum(-1))
-    return torch.stack(rows)
+    student_max_N, teacher_max_N = student_NS.amax(-1), teacher_NS.amax(-1)
+    shifted_NS = student_NS - student_max_N[:, None]
+    raw_sum_N = None if temperature == 1.0 else (shifted_NS * temperature).exp().sum(-1)
+    student_sum_N = shifted_NS.exp().sum(-1)
+    teacher_sum_N = (teacher_NS - teacher_max_N[:, None]).exp().sum(-1)
+    raw_sum_N = student_sum_N if raw_sum_N is None else raw_sum_N
+    return torch.stack((student_max_N, student_sum_N, teacher_max_N, teacher_sum_N, raw_sum_N))
+
+
+def merge_statistics(shards_G5N: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global softmax statistics from those of the G shards.
+
+    Returns:
+        norms_4N: student max, student log-sum, teacher max, teacher log-sum.
+        log_sum_raw_N: the student's log-sum at temperature 1.
+    """
+    student_max_N, teacher_max_N = shards_G5N[:, 0].amax(0), shards_G5N[:, 2].amax(0)
+    student_behind_GN = shards_G5N[:, 0] - student_max_N
+    student_log_N = (shards_G5N[:, 1] * student_behind_GN.exp()).sum(0).log()
+    teacher_log_N = (shards_G5N[:, 3] * (shards_G5N[:, 2] - teacher_max_N).exp()).sum(0).log()
+    log_sum_raw_N = (shards_G5N[:, 4] * (student_behind_GN * temperature).exp()).sum(0).log()
+    return torch.stack([student_max_N, student_log_N, teacher_max_N, teacher_log_N]), log_sum_raw_N
 
 
 def log_probabilities(logits_NS: torch.Tensor, max_N: torch.Tensor, log_sum_N: torch.Tensor) -> torch.Tensor:
     """Log-softmax from global statistics. Max and log-sum are subtracted in turn: adding a small log-sum to a
     max of 1e4 first would round it away."""
-    return (logits_NS.clamp_min(LOG_ZERO) - max_N[:, None]) - log_sum_N[:, None]
+    return (logits_NS - max_N[:, None]).sub_(log_sum_N[:, None])
 
 
 def divergence_terms(
-    log_q: torch.Tensor, log_p: torch.Tensor, spec: DivergenceSpec
+    log_q: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, p: torch.Tensor, spec: DivergenceSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """f and u of the table in this file's docstring, element-wise."""
-    q, p = log_q.exp(), log_p.exp()
     if spec.kind == "forward_kl":
         return p * (log_p - log_q), -p
     if spec.kind == "reverse_kl":
@@ -146,18 +161,24 @@ def divergence_terms(
     if spec.kind == "total_variation":
         return (p - q).abs() / 2, q * (q - p).sign() / 2
     if spec.kind == "jsd":
-        log_m = torch.logaddexp(log_p + math.log(spec.beta), log_q + math.log1p(-spec.beta))
-        u = (1 - spec.beta) * q * (log_q - log_m)
-        return spec.beta * p * (log_p - log_m) + u, u
-    if spec.alpha == 0.0:  # the skew divergences without skew
-        return divergence_terms(log_q, log_p, DivergenceSpec(spec.kind.removeprefix("skew_")))
+        log_m = log_mixture(p, q, spec.beta)
+        u = (log_q - log_m).mul_(q).mul_(1 - spec.beta)
+        return (log_p - log_m).mul_(p).mul_(spec.beta).add_(u), u
     a = spec.alpha
+    if a == 0.0:  # the skew divergences without skew
+        return divergence_terms(log_q, log_p, q, p, DivergenceSpec(spec.kind.removeprefix("skew_")))
     if spec.kind == "skew_forward_kl":
-        log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
-        return p * (log_p - log_m), -(1 - a) * (log_q + log_p - log_m).exp()
-    log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
+        log_m = log_mixture(p, q, a)
+        return p * (log_p - log_m), (log_p - log_m).exp_().mul_(q).mul_(a - 1)
+    log_m = log_mixture(q, p, a)
     f = q * (log_q - log_m)
-    return f, f - a * (2 * log_q - log_m).exp()
+    return f, f - (log_q - log_m).exp_().mul_(q).mul_(a)
+
+
+def log_mixture(a: torch.Tensor, b: torch.Tensor, weight_a: float) -> torch.Tensor:
+    """log(weight_a a + (1 - weight_a) b). Where both are below 1e-38 the logarithm is that of 1e-38: it only ever
+    multiplies one of the two."""
+    return torch.lerp(b, a, weight_a).clamp_min_(SMALLEST).log_()
 
 
 def shard_sums(
@@ -166,33 +187,42 @@ def shard_sums(
     norms_4N: torch.Tensor,
     target_N: torch.Tensor,
     spec: DivergenceSpec,
-) -> torch.Tensor:
-    """A shard's part of every sum over the vocabulary, [6, N]; the sums over shards are the values.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A shard's part of every sum over the vocabulary, [7, N], whose sums over shards are the values; and q and u,
+    [N, S] each, from which `logit_gradient` goes on.
 
     Args:
         norms_4N: student max, student log-sum, teacher max, teacher log-sum.
         target_N: column of the target token in this shard, -1 where another shard has it.
 
-    Rows: divergence, K, student entropy, teacher entropy, acceptance rate sum min(p, q), and the target's
-    shifted logit (z_target - max).
+    Rows: divergence, K, student entropy, teacher entropy, acceptance rate sum min(p, q), number of ids that are the top
+    of both models, and the target's shifted logit (z_target - max).
     """
     log_q = log_probabilities(student_NS, norms_4N[0], norms_4N[1])
     log_p = log_probabilities(teacher_NS, norms_4N[2], norms_4N[3])
-    f, u = divergence_terms(log_q, log_p, spec)
     q, p = log_q.exp(), log_p.exp()
+    f, u = divergence_terms(log_q, log_p, q, p, spec)
     target = log_q.gather(1, target_N.clamp_min(0)[:, None])[:, 0] + norms_4N[1]
-    sums = [f.sum(-1), u.sum(-1), -(q * log_q).sum(-1), -(p * log_p).sum(-1), torch.minimum(p, q).sum(-1)]
-    return torch.stack([*sums, torch.where(target_N >= 0, target, 0.0)])
+    is_top = (student_NS == norms_4N[0][:, None]) & (teacher_NS == norms_4N[2][:, None])
+    sums = (
+        f.sum(-1),
+        u.sum(-1),
+        -log_q.mul_(q).sum(-1),
+        -log_p.mul_(p).sum(-1),
+        torch.minimum(p, q).sum(-1),
+        is_top.any(-1).to(q.dtype),
+        torch.where(target_N >= 0, target, 0.0),
+    )
+    return torch.stack(sums), q, u
 
 
 def logit_gradient(
-    student_NS: torch.Tensor,
-    teacher_NS: torch.Tensor,
-    norms_4N: torch.Tensor,
+    q_NS: torch.Tensor,
+    u_NS: torch.Tensor,
     k_N: torch.Tensor,
     weight_N: torch.Tensor,
     sft_weight_N: torch.Tensor,
-    log_sum_raw_N: torch.Tensor,
+    raw_scale_N: torch.Tensor,
     target_N: torch.Tensor,
     spec: DivergenceSpec,
 ) -> torch.Tensor:
@@ -200,36 +230,12 @@ def logit_gradient(
 
     Args:
         k_N: K summed over all shards. The shard's own K gives a wrong gradient under a right loss.
-        log_sum_raw_N: log-sum at temperature 1, as `shard_statistics` shifts it.
+        raw_scale_N: turns q^temperature into the softmax at temperature 1.
     """
-    log_q = log_probabilities(student_NS, norms_4N[0], norms_4N[1])
-    log_p = log_probabilities(teacher_NS, norms_4N[2], norms_4N[3])
-    _, u = divergence_terms(log_q, log_p, spec)
-    gradient = (u - log_q.exp() * k_N[:, None]) * (weight_N / spec.temperature)[:, None]
+    gradient = (u_NS - q_NS * k_N[:, None]).mul_((weight_N / spec.temperature)[:, None])
     if spec.sft_weight:
-        shifted = (student_NS.clamp_min(LOG_ZERO) - norms_4N[0][:, None]) * spec.temperature
-        raw_q = (shifted - log_sum_raw_N[:, None]).exp()
+        raw_q = q_NS**spec.temperature * raw_scale_N[:, None]
         gradient = gradient + raw_q * sft_weight_N[:, None]
         hit_N = torch.where(target_N >= 0, sft_weight_N, 0.0)
         gradient = gradient.scatter_add(1, target_N.clamp_min(0)[:, None], -hit_N[:, None])
     return gradient
-
-
-def merge_statistics(shards_G7N: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Global softmax statistics from those of the G shards.
-
-    Returns:
-        norms_4N: student max, student log-sum, teacher max, teacher log-sum.
-        log_sum_raw_N: the student's log-sum at temperature 1.
-        top_2N: float, encoded place of the top token, shard * 2^24 + column, of student and teacher. It is
-            only ever compared for equality, and float64 holds it exactly.
-    """
-    norms, tops = [], []
-    for first in (0, 3):
-        max_GN, sum_GN, place_GN = shards_G7N[:, first], shards_G7N[:, first + 1], shards_G7N[:, first + 2]
-        max_N, shard_N = max_GN.max(dim=0)
-        scale_GN = (max_GN - max_N).exp()
-        norms += [max_N, (sum_GN * scale_GN).sum(0).log()]
-        tops.append(shard_N.double() * 2**24 + place_GN.gather(0, shard_N[None])[0].double())
-    raw_GN = ((shards_G7N[:, 0] - norms[0]) * temperature).exp() * shards_G7N[:, 6]
-    return torch.stack(norms), raw_GN.sum(0).log(), torch.stack(tops)

@@ -27,7 +27,8 @@ from engine.loss import divergence as maths
 from engine.loss.divergence import DivergenceSpec
 from engine.loss.head import HeadShard
 
-ELEMENTWISE_ROWS_BYTES = 2**20  # eager: rows worked on at once, so that the temporaries stay in a core's cache
+ELEMENTWISE_ROWS_BYTES = 2**17  # eager: rows worked on at once, so that the temporaries stay in a core's cache
+ELEMENTWISE_BUFFERS = 8  # temporaries of that size that are alive together
 COLUMNS = ("divergence", "student_entropy", "teacher_entropy", "acceptance", "top1_agreement", "nll")
 
 
@@ -60,10 +61,13 @@ class Stream:
         known = ids < self.column_of_id.numel()
         return torch.where(known, self.column_of_id[ids.clamp(max=self.column_of_id.numel() - 1)], -1)
 
-    def chunk_tokens(self, student_hidden: int, teacher_hidden: int) -> int:
-        """Tokens per rank and chunk: two fp32 logits buffers, and the hidden states in flight."""
-        per_token = 8 * self.ids_S.numel() + 4 * (4 * student_hidden + 2 * teacher_hidden)
-        return max(1, self.chunk_bytes // (per_token * self.groups.group_size))
+    def chunk_tokens(self, student_hidden: int, teacher_hidden: int, has_softcap: bool) -> int:
+        """Tokens per rank and chunk: two fp32 [S] buffers each (three under a soft cap), the hidden states in flight;
+        the element-wise temporaries come first."""
+        width = self.ids_S.numel()
+        per_token = (12 if has_softcap else 8) * width + 4 * (4 * student_hidden + 2 * teacher_hidden)
+        room = self.chunk_bytes - ELEMENTWISE_BUFFERS * max(ELEMENTWISE_ROWS_BYTES, 4 * width)
+        return max(1, room // (per_token * self.groups.group_size))
 
 
 def vocab_parallel_divergence(
@@ -148,7 +152,9 @@ class _Sweep:
 
     def run(self, student_hidden, teacher_hidden, target_ids_N, weight_N, num_tokens_max):
         num_tokens = student_hidden.shape[0]
-        chunk = self.stream.chunk_tokens(student_hidden.shape[1], teacher_hidden.shape[1])
+        chunk = self.stream.chunk_tokens(
+            student_hidden.shape[1], teacher_hidden.shape[1], self.student.softcap is not None
+        )
         spans = [(start, min(start + chunk, num_tokens_max)) for start in range(0, num_tokens_max, chunk)]
         weights, targets = self._gather_scalars(weight_N, target_ids_N, num_tokens_max)
         hidden_grad = torch.zeros_like(student_hidden)
@@ -216,47 +222,60 @@ class _Sweep:
         return finish
 
     def _chunk(self, student_MH, teacher_MH, weight_M, target_ids_M):
-        """Values [M, 6] and the shard's part of the hidden gradient, fp32 [M, H], of one chunk."""
+        """Values [M, 6] and the shard's part of the hidden gradient, fp32 [M, H], of one chunk.
+
+        Two [M, S] buffers serve throughout: the logits, then q and u in their place, then the gradient in q's.
+        """
         spec, kernels = self.spec, _kernels(self.stream.compiled)
-        student_MS = _logits(student_MH, self.student).div_(spec.temperature)
-        teacher_MS = _logits(teacher_MH, self.teacher).div_(spec.temperature)
+        student_MS = _logits(student_MH, self.student, spec.temperature)
+        teacher_MS = _logits(teacher_MH, self.teacher, spec.temperature)
+        slope_MS = _softcap_slope(student_MS, self.student, spec.temperature) if self.want_grad else None
         target_M = self.stream.local_columns(target_ids_M)
         blocks = self._row_blocks(student_MS)
 
-        local_7M = torch.cat(
+        local_5M = torch.cat(
             [kernels.statistics(student_MS[b], teacher_MS[b], spec.temperature) for b in blocks], dim=1
         )
-        shards = all_gather_rows(local_7M[None], self.group)
-        norms_4M, log_sum_raw_M, tops_2M = maths.merge_statistics(shards, spec.temperature)
+        shards = all_gather_rows(local_5M[None], self.group)
+        norms_4M, log_sum_raw_M = maths.merge_statistics(shards, spec.temperature)
 
-        parts = [kernels.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], spec) for b in blocks]
-        sums_6M = self._sum_over_shards(torch.cat(parts, dim=1))
-        values_M6 = self._values(sums_6M, log_sum_raw_M, tops_2M)
+        parts = []
+        for b in blocks:
+            part, q, u = kernels.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], spec)
+            parts.append(part)
+            student_MS[b], teacher_MS[b] = q, u
+        sums_7M = self._sum_over_shards(torch.cat(parts, dim=1))
+        values_M6 = self._values(sums_7M, log_sum_raw_M)
         if not self.want_grad:
             return values_M6, None
 
         divergence_weight_M = weight_M
         if spec.token_clip is not None:
-            divergence_weight_M = torch.where(sums_6M[0] <= spec.token_clip, weight_M, 0.0)
+            divergence_weight_M = torch.where(sums_7M[0] <= spec.token_clip, weight_M, 0.0)
+        raw_scale_M = (spec.temperature * norms_4M[1] - log_sum_raw_M).exp()
         for b in blocks:
-            gradient = kernels.gradient(
-                student_MS[b], teacher_MS[b], norms_4M[:, b], sums_6M[1, b], divergence_weight_M[b],
-                weight_M[b] * spec.sft_weight, log_sum_raw_M[b], target_M[b], spec,
+            student_MS[b] = kernels.gradient(
+                student_MS[b], teacher_MS[b], sums_7M[1, b], divergence_weight_M[b], weight_M[b] * spec.sft_weight,
+                raw_scale_M[b], target_M[b], spec,
             )  # fmt: skip
-            student_MS[b] = _through_head(gradient, student_MS[b], self.student, spec.temperature)
+        if slope_MS is not None:
+            student_MS *= slope_MS
+        if self.student.scale != 1.0:
+            student_MS *= self.student.scale
         return values_M6, self._head_backward(student_MS, student_MH)
 
-    def _sum_over_shards(self, sums_6M: torch.Tensor) -> torch.Tensor:
+    def _sum_over_shards(self, sums_7M: torch.Tensor) -> torch.Tensor:
         """The second reduction. Without it every value but the loss looks right and the gradient is wrong."""
         if self.group_size > 1:
-            dist.all_reduce(sums_6M, group=self.group)
-        return sums_6M
+            dist.all_reduce(sums_7M, group=self.group)
+        return sums_7M
 
-    def _values(self, sums_6M, log_sum_raw_M, tops_2M) -> torch.Tensor:
-        divergence, _, student_entropy, teacher_entropy, acceptance, target = sums_6M
-        agreement = (tops_2M[0] == tops_2M[1]).float()
+    def _values(self, sums_7M, log_sum_raw_M) -> torch.Tensor:
+        divergence, _, student_entropy, teacher_entropy, acceptance, num_top, target = sums_7M
         nll = log_sum_raw_M - target * self.spec.temperature
-        return torch.stack([divergence, student_entropy, teacher_entropy, acceptance, agreement, nll], dim=1)
+        return torch.stack(
+            [divergence, student_entropy, teacher_entropy, acceptance, num_top.clamp_max(1.0), nll], dim=1
+        )
 
     def _head_backward(self, logit_grad_MS: torch.Tensor, student_MH: torch.Tensor) -> torch.Tensor:
         """Accumulate the head's gradient in fp32; return the shard's part of the hidden gradient."""
@@ -285,28 +304,27 @@ def _wait(work: dist.Work, result: torch.Tensor, keep_alive: torch.Tensor) -> to
     return result
 
 
-def _logits(hidden_MH: torch.Tensor, head: HeadShard) -> torch.Tensor:
-    """fp32 logits of the shard's rows, [M, S]."""
+def _logits(hidden_MH: torch.Tensor, head: HeadShard, temperature: float = 1.0) -> torch.Tensor:
+    """fp32 logits of the shard's rows, divided by the temperature, [M, S]."""
     logits_MS = _matmul_fp32(hidden_MH.to(head.weight_SH.dtype), head.weight_SH.t())
     if head.bias_S is not None:
-        logits_MS += head.bias_S
+        logits_MS += head.bias_S.clamp_min(maths.LOG_ZERO)
     if head.scale != 1.0:
         logits_MS *= head.scale
     if head.softcap is not None:
         logits_MS.div_(head.softcap).tanh_().mul_(head.softcap)
+    if temperature != 1.0:
+        logits_MS.div_(temperature)
     if head.masked_columns.numel():
-        logits_MS.index_fill_(1, head.masked_columns, -torch.inf)
+        logits_MS.index_fill_(1, head.masked_columns, maths.LOG_ZERO)
     return logits_MS
 
 
-def _through_head(
-    gradient: torch.Tensor, tempered_logits: torch.Tensor, head: HeadShard, temperature: float
-) -> torch.Tensor:
-    """Chain the gradient for capped and scaled logits to one for hidden @ weight.T + bias."""
-    if head.softcap is not None:
-        slope = 1 - (tempered_logits * (temperature / head.softcap)).clamp(-1.0, 1.0).square()
-        gradient = gradient * slope
-    return gradient * head.scale if head.scale != 1.0 else gradient
+def _softcap_slope(tempered_MS: torch.Tensor, head: HeadShard, temperature: float) -> torch.Tensor | None:
+    """Derivative of the soft cap at logits that are capped and tempered already; None without one."""
+    if head.softcap is None:
+        return None
+    return 1 - (tempered_MS * (temperature / head.softcap)).clamp_(-1.0, 1.0).square_()
 
 
 def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
