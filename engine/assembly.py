@@ -24,12 +24,14 @@ from engine.data import StepData, build_rows, eval_batches
 from engine.decoder import Sampling
 from engine.distributed import build_vocab_groups
 from engine.evaluation import Evaluator
+from engine.faults import BadSteps
 from engine.objective import Objective
+from engine.performance import Meter
 from engine.rollout import Rollout
 from engine.rows import Source
 from engine.settings import resolve_deepspeed, teacher_settings
 from engine.student import Student, build_student
-from engine.teacher import Teacher, build_teacher
+from engine.teacher import AlternatingTeacher, Teacher, build_teacher
 from engine.tokenizer import load_tokenizer, prepare_tokenizer
 
 
@@ -61,6 +63,8 @@ class Run:
     evaluator: Evaluator | None
     checkpoints: Checkpoints
     resume_from: Path | None
+    bad_steps: BadSteps
+    meter: Meter
     num_steps: int
     deepspeed_settings: dict[str, Any]
 
@@ -74,17 +78,20 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     device = zero.init_distributed(config.timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check.same_setup(config, writes=train)
-    settings = resolve_deepspeed(config, world_size)
+    resolve_deepspeed(config, world_size)  # so that a contradiction in it is named first
     if config.teacher_placement == "zero3":
         teacher_settings(config)
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find()
+    settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size))
     check.same_data(read.sources)
 
     groups = build_vocab_groups(config.vocab_parallel_size, zero.ranks_per_node())
     student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
     teacher = build_teacher(config, inputs.teacher_model, device)
+    if isinstance(teacher, AlternatingTeacher):
+        teacher.student_engine = student.engine
     objective = Objective(config, student.head, teacher.head, read.shared_vocab_size, device)
     sampling = build_sampling(config, read.tokenizer, student.model, read.shared_vocab_size)
     rollout = Rollout(config, sampling, rank, world_size, device)
@@ -94,7 +101,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     zero.bound_waits(config.timeout_s)
     return Run(
         config, rank, world_size, device, read.tokenizer, student, teacher, objective, rollout, read.data, evaluator,
-        checkpoints, resume_from, read.num_steps, settings,
+        checkpoints, resume_from, BadSteps(config, read.tokenizer, rank, device), Meter(student.model, teacher.model),
+        read.num_steps, settings,
     )  # fmt: skip
 
 

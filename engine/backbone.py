@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from engine.batch import PackedBatch
 from engine.config import GKDConfig
+from engine.shards import load_partitioned
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
@@ -56,21 +57,24 @@ def compute_dtype(config: GKDConfig) -> torch.dtype:
 def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] | None) -> nn.Module:
     """Load a causal LM in the run's compute dtype; with ZeRO-3 settings, partitioned while it loads.
 
-    All ranks must call. Rank 0 reads the files and broadcasts one parameter at a time.
+    All ranks must call. Each reads its own pieces from safetensors files; other files, and checkpoints that
+    transformers converts, are read by rank 0, which scatters one tensor at a time.
 
     Raises:
         ValueError: where there is no such model.
     """
+    options = {"dtype": compute_dtype(config), "attn_implementation": config.attn_implementation}
+    options["trust_remote_code"] = config.trust_remote_code
+    if zero_settings is not None:
+        model = load_partitioned(name, read_model_config(name, config), zero_settings, **options)
+        if model is not None:
+            model.generation_config = read_generation_config(name, model)
+            return model
     # transformers partitions inside from_pretrained while this object lives; afterwards it would switch generate's
     # synced_gpus on by itself.
     partitioning = nullcontext() if zero_settings is None else HfDeepSpeedConfig(zero_settings)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=compute_dtype(config),
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+        return AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise ValueError(
             f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
@@ -78,6 +82,14 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     finally:
         del partitioning
         unset_hf_deepspeed_config()
+
+
+def read_generation_config(name: str, model: nn.Module) -> GenerationConfig:
+    """The model's generation settings (its stop tokens matter here), from the file where there is one."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(model.config)
 
 
 def read_model_config(name: str, config: GKDConfig) -> Any:

@@ -2,17 +2,18 @@
 
 A checkpoint is written into a hidden folder, every rank's files are flushed and hashed, the manifest is written last,
 the folder is renamed, and only then does `latest` move and an old checkpoint go. A crash at any instant leaves the
-newest complete one loadable.
+newest complete one loadable. An error on one rank becomes an error on all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
+import math
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,31 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
+from engine import zero
 from engine.batch import Sample
 from engine.config import GKDConfig
+from engine.elastic import (
+    UNIVERSAL_TAG,
+    keep_global_batch,
+    remove_universal_copies,
+    rollouts_of_rank,
+    universal_copy,
+    zero_layout,
+)
+from engine.errors import CheckpointError
+from engine.manifest import (
+    MANIFEST,
+    flushed_digests,
+    list_files,
+    merge,
+    publish,
+    read_manifest,
+    share,
+    verify,
+    write_durably,
+)
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -36,12 +56,16 @@ class TrainState:
         batches: global batches taken from the data so far; the next one has this number.
         tokens: response tokens trained on so far, over all ranks.
         run_id: the tracker's id of the run.
+        bad_steps: steps whose update was dropped, as loss or gradient was not finite.
+        bad_steps_in_a_row: those of them since the last good step.
     """
 
     step: int = 0
     batches: int = 0
     tokens: int = 0
     run_id: str | None = None
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
 
 
 class Checkpoints:
@@ -50,6 +74,7 @@ class Checkpoints:
     def __init__(self, config: GKDConfig) -> None:
         self.config = config
         self.folder = Path(config.output_dir) / "checkpoints"
+        self.saved_step: int | None = None  # of the newest checkpoint that this process wrote or resumed from
 
     def save(
         self,
@@ -57,164 +82,177 @@ class Checkpoints:
         state: TrainState,
         model_parts: list[Any],
         rollouts: list[list[Sample]] | None,
-    ) -> Path:
+    ) -> Path | None:
         """Write `step_<N>`. `model_parts` (config, tokenizer: whatever has `save_pretrained`) go into its `hf` folder,
-        rollouts that later steps still train on into one file per rank."""
+        rollouts that later steps still train on into one file per rank.
+
+        None where it could not be written and `save_on_error` is `warn`.
+
+        Raises:
+            CheckpointError: where it could not be written; what was written is removed, earlier ones are intact.
+        """
+        hidden = self.folder / f".saving_step_{state.step}"
+        try:
+            path = self._write(hidden, engine, state, model_parts, rollouts)
+        except CheckpointError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(hidden, ignore_errors=True)
+            dist.barrier()
+            if self.config.save_on_error == "raise":
+                raise
+            if dist.get_rank() == 0:
+                logger.error("%s. Training goes on (save_on_error: warn)", error)
+            return None
+        self.saved_step = state.step
+        return path
+
+    def _write(
+        self,
+        hidden: Path,
+        engine: deepspeed.DeepSpeedEngine,
+        state: TrainState,
+        model_parts: list[Any],
+        rollouts: list[list[Sample]] | None,
+    ) -> Path:
         name = f"step_{state.step}"
-        hidden = self.folder / f".saving_{name}"
-        if dist.get_rank() == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-            (hidden / "hf").mkdir(parents=True)
-            for part in model_parts:
-                part.save_pretrained(hidden / "hf")
-        dist.barrier()
-        record = dataclasses.asdict(state) | {"world_size": dist.get_world_size(), "config": self.config.to_dict()}
-        engine.save_checkpoint(
-            str(self.folder), tag=hidden.name, client_state={"train_state": record}, save_latest=False
-        )
-        if rollouts is not None:
-            rows = [[dataclasses.asdict(sample) for sample in batch] for batch in rollouts]
-            (hidden / f"rollouts_{dist.get_rank()}.json").write_text(json.dumps(rows))
-        dist.barrier()
-        digests = _merge(_digests(hidden, _share(list_files(hidden))))
-        if dist.get_rank() == 0:
-            write_durably(hidden / MANIFEST, json.dumps({**record, "files": digests}, indent=1, default=str))
-            _publish(hidden, self.folder / name)
-            write_durably(self.folder / "latest", name)
-            self._prune(keep=name)
-        dist.barrier()
+        record = self._record(state)
+        is_main = dist.get_rank() == 0
+
+        def prepare() -> None:
+            for stale in [*self.folder.glob(".saving_*"), *self.folder.glob(".replaced_*")] if is_main else []:
+                shutil.rmtree(stale)
+            if is_main:
+                (hidden / "hf").mkdir(parents=True)
+                for part in model_parts:
+                    part.save_pretrained(hidden / "hf")
+
+        def write() -> None:
+            zero.save_checkpoint(engine, hidden, {"train_state": record})
+            if rollouts is not None:
+                rows = [[dataclasses.asdict(sample) for sample in batch] for batch in rollouts]
+                (hidden / f"rollouts_{dist.get_rank()}.json").write_text(json.dumps(rows))
+
+        def reveal() -> None:
+            if is_main:
+                write_durably(hidden / MANIFEST, json.dumps({**record, "files": digests}, indent=1, default=str))
+                publish(hidden, self.folder / name)
+                write_durably(self.folder / "latest", name)
+                remove_universal_copies(self.folder)
+                self._prune(keep=name)
+
+        together(f"{name}: cannot write into {self.folder}", prepare)
+        together(f"{name}: cannot be written", write)
+        own = together(f"{name}: cannot be flushed", lambda: flushed_digests(hidden, share(list_files(hidden))))
+        digests = merge(own)
+        together(f"{name}: cannot be completed", reveal)
         return self.folder / name
+
+    def _record(self, state: TrainState) -> dict[str, Any]:
+        config, world_size = self.config, dist.get_world_size()
+        batch = config.accumulation_steps(world_size) * config.per_device_train_batch_size * world_size
+        return dataclasses.asdict(state) | {
+            "layout": zero_layout(config, world_size),
+            "global_batch_size": batch,
+            "saved_at": time.time(),
+            "config": config.to_dict(),
+        }
 
     def _prune(self, keep: str) -> None:
         if self.config.save_total_limit is None:
             return
-        for old in complete_checkpoints(self.folder)[self.config.save_total_limit :]:
+        complete = [path for path in saved_checkpoints(self.folder) if read_manifest(path) is not None]
+        for old in complete[self.config.save_total_limit :]:
             if old.name != keep:
                 shutil.rmtree(old)
 
     def find(self) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` asks for, verified; None for a fresh start.
 
+        The configuration takes over its global batch.
+
         Raises:
-            ValueError: where the named one is missing or damaged; the text names the files.
+            ValueError: where the named one is missing or damaged (the text names the files), or its global batch
+                cannot be kept.
         """
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
             return None
-        if wanted != "auto":
-            problems = verify(Path(wanted))
+        if wanted == "auto":
+            path = self._newest_good()
+        else:
+            path = Path(wanted)
+            problems = verify(path)
             if problems:
                 raise ValueError(f"resume_from_checkpoint={wanted!r}: {'; '.join(problems)}")
-            return Path(wanted)
-        for path in complete_checkpoints(self.folder):
+        if path is not None:
+            keep_global_batch(self.config, path, read_manifest(path), dist.get_world_size())
+        return path
+
+    def _newest_good(self) -> Path | None:
+        """The newest checkpoint without a problem; says which are passed over, and why."""
+        is_main = dist.get_rank() == 0
+        pointer = self.folder / "latest"
+        if is_main and pointer.is_file():
+            named = pointer.read_text().strip()
+            if not (self.folder / named / MANIFEST).is_file():
+                logger.warning("%s names %r, which is not a complete checkpoint", pointer, named)
+        found = saved_checkpoints(self.folder)
+        dist.barrier()  # every rank has the same list: none writes before all have read
+        for path in found:
             problems = verify(path)
             if not problems:
+                if is_main:
+                    logger.info("resuming from %s", path)
                 return path
-            if dist.get_rank() == 0:
+            if is_main:
                 logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
+        if is_main:
+            logger.info("no complete checkpoint under %s: starting fresh", self.folder)
         return None
 
     def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
         """Weights, optimizer and schedule into the engine, which must be freshly built.
 
         Raises:
-            ValueError: where it was written at another world size.
+            ValueError, CheckpointError: as `universal_copy`, which is used where another layout wrote it.
         """
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["world_size"] != dist.get_world_size():
-            raise ValueError(
-                f"{path} was written by {manifest['world_size']} ranks and this run has {dist.get_world_size()}: "
-                "use as many"
-            )
-        loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
-        if loaded is None:
-            raise ValueError(f"{path}: DeepSpeed could not load it")
+        manifest, layout = read_manifest(path), zero_layout(self.config, dist.get_world_size())
+        if manifest["layout"] == layout:
+            client_state = zero.load_checkpoint(engine, path)
+        else:
+            copy = universal_copy(path, manifest, layout, self.folder)
+            client_state = zero.load_universal_checkpoint(engine, copy / UNIVERSAL_TAG)
         record = client_state["train_state"]
+        self.saved_step = record["step"]
         return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState)})
 
     def load_rollouts(self, path: Path) -> list[list[Sample]] | None:
         """This rank's rollouts, where the checkpoint fell between two steps that share them."""
-        file = path / f"rollouts_{dist.get_rank()}.json"
-        if not file.exists():
-            return None
-        return [[Sample(**row) for row in batch] for batch in json.loads(file.read_text())]
+        return rollouts_of_rank(path, self.config, dist.get_rank(), dist.get_world_size())
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints with a manifest, newest first."""
-    found = [p for p in folder.glob("step_*") if (p / MANIFEST).is_file() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: -int(p.name[5:]))
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """Folders `step_<N>`, the last written first. Those without a readable manifest, whose age is unknown, lead."""
+
+    def age(path: Path) -> tuple[float, int]:
+        manifest = read_manifest(path)
+        return (math.inf if manifest is None else manifest.get("saved_at", 0.0), int(path.name[5:]))
+
+    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=age, reverse=True)
 
 
-def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, empty if nothing: each rank checks a share of the files."""
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        return [f"{path} is not a complete checkpoint: no {MANIFEST}"]
+def together(what: str, action: Callable[[], Any]) -> Any:
+    """Run `action` on every rank and return its result; where it fails on one, fail on all. All ranks must call.
+
+    Raises:
+        CheckpointError: `what`, the ranks and their errors.
+    """
+    result, problem = None, {}
     try:
-        files: dict[str, list] = json.loads(manifest_path.read_text())["files"]
-    except (json.JSONDecodeError, KeyError):
-        return [f"{manifest_path} is damaged"]
-    problems = {}
-    for name in _share(sorted(files)):
-        size, digest = files[name]
-        if not (path / name).is_file():
-            problems[name] = f"{name} is missing"
-        elif (path / name).stat().st_size != size:
-            problems[name] = f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
-        elif _digest(path / name) != digest:
-            problems[name] = f"{name} has changed since it was written"
-    return list(_merge(problems).values())
-
-
-def list_files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def _share(names: list[str]) -> list[str]:
-    return names[dist.get_rank() :: dist.get_world_size()]
-
-
-def _merge(own: dict[str, Any]) -> dict[str, Any]:
-    """Union of every rank's dict, sorted by key."""
-    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return dict(sorted((key, value) for one in everyone for key, value in one.items()))
-
-
-def _digests(folder: Path, names: list[str]) -> dict[str, list]:
-    """Size and digest of files, each flushed to disk first."""
-    result = {}
-    for name in names:
-        with open(folder / name, "rb+") as file:
-            os.fsync(file.fileno())
-        result[name] = [(folder / name).stat().st_size, _digest(folder / name)]
+        result = action()
+    except (OSError, CheckpointError) as error:
+        problem = {dist.get_rank(): f"rank {dist.get_rank()}: {error}"}
+    problems = merge(problem)
+    if problems:
+        raise CheckpointError(f"checkpoint {what}: {'; '.join(problems.values())}")
     return result
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file in one step: it holds the old text or the new, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _publish(hidden: Path, final: Path) -> None:
-    """Give a complete folder its name; one of that name from an earlier run makes way."""
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(hidden, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)

@@ -18,7 +18,7 @@ from engine.config import GKDConfig, config_from_dict
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; the user's mistakes end in one line and exit status 2."""
+    """Run a command; the user's mistakes end in one line and exit status 2, what befalls a run in one and status 1."""
     if arguments[:1] == ["bench"]:
         from engine.bench import main as bench
 
@@ -141,7 +141,12 @@ def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def print_summary(trainer: Any) -> None:
-    """Held-out figures and one answer, before and after, and where everything lies."""
+    """Held-out figures and one answer, before and after, and where everything lies; of a stopped run, how to go on."""
+    if trainer.stopped_by is not None:
+        step, saved = trainer.state.step, trainer.run.checkpoints.saved_step
+        print(f"\nstopped after step {step} of {trainer.run.num_steps} by {trainer.stopped_by}; ", end="")
+        print(f"checkpoint of step {saved}. Continue with --resume_from_checkpoint auto")
+        return
     evaluations, decode = trainer.evaluations, trainer.run.tokenizer.decode
     if evaluations:
         before, after = evaluations[0], evaluations[-1]

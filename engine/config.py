@@ -132,10 +132,19 @@ class GKDConfig:
 
     # Teacher
     teacher_placement: str = option(
-        "zero3", "`zero3` partitions the teacher over all ranks; `replicated` puts it on each.", ("zero3", "replicated")
+        "zero3",
+        "`zero3` partitions the teacher over all ranks, `tensor_parallel` over a few, `replicated` puts it on each.",
+        ("zero3", "replicated", "tensor_parallel"),
     )
+    teacher_tp_size: int = option(1, "Ranks that share a `tensor_parallel` teacher.")
     teacher_deepspeed: Any = option(
         None, "DeepSpeed JSON (path or dict) of a `zero3` teacher, for offload; unset: plain ZeRO-3."
+    )
+
+    teacher_offload: str = option(
+        "none",
+        "`between_steps`: a `replicated` teacher and the student's optimizer state take turns on the device.",
+        ("none", "between_steps"),
     )
 
     # Run
@@ -156,9 +165,17 @@ class GKDConfig:
     eval_on_start: bool = option(False, "Evaluate once before the first step.")
     eval_max_samples: int | None = option(None, "Use only the first so many evaluation rows.")
     save_steps: int | None = option(500, "Steps between checkpoints; unset: none.")
+    save_minutes: float | None = option(None, "Minutes of wall-clock time between checkpoints; unset: none by time.")
     save_total_limit: int | None = option(None, "Checkpoints to keep; unset: all.")
+    save_on_error: str = option(
+        "raise", "Where a checkpoint cannot be written: `raise` ends the run, `warn` trains on.", ("raise", "warn")
+    )
+    max_minutes: float | None = option(
+        None, "Minutes of wall-clock time after which the run saves and ends; unset: no limit."
+    )
+    max_bad_steps: int = option(5, "Steps in a row without a finite loss and gradient that end the run.")
     resume_from_checkpoint: str | None = option(
-        None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path."
+        None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks."
     )
     seed: int = option(42, "Seed of data order, on-policy draws and sampling.")
     deepspeed: Any = option(None, "DeepSpeed JSON (path or dict); unset: ZeRO-3 without offload.")
@@ -203,11 +220,11 @@ class GKDConfig:
         for name in ("learning_rate", "weight_decay", "warmup_steps"):
             require(getattr(self, name) >= 0, name, "0 or more")
         positive = ("max_length", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
-        positive += ("num_generations", "generation_rows", "rollout_reuse")
+        positive += ("teacher_tp_size", "num_generations", "generation_rows", "rollout_reuse", "max_bad_steps")
         for name in (*positive, "gradient_accumulation_steps", "logging_steps", "timeout_s", "prepare_timeout_s"):
             require(getattr(self, name) > 0, name, "positive")
-        for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "loss_chunk_bytes",
-                     "max_samples", "eval_max_samples", "log_completions_steps"):  # fmt: skip
+        for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "save_minutes", "max_minutes",
+                     "loss_chunk_bytes", "max_samples", "eval_max_samples", "log_completions_steps"):  # fmt: skip
             require(getattr(self, name) is None or getattr(self, name) > 0, name, "positive, or unset")
         size = self.vocab_parallel_size
         require(
@@ -218,6 +235,16 @@ class GKDConfig:
             "max_new_tokens",
             f"below max_length={self.max_length}, to leave room for a prompt",
         )
+        if self.seq_kd and self.teacher_placement == "tensor_parallel":
+            raise ValueError(
+                "seq_kd=true needs teacher_placement=zero3 or replicated: a tensor-parallel one cannot write"
+            )
+        if self.teacher_offload == "between_steps" and self.teacher_placement != "replicated":
+            raise ValueError(
+                "teacher_offload=between_steps moves a whole teacher; with "
+                f"teacher_placement={self.teacher_placement} give teacher_deepspeed an `offload_param` instead "
+                "(ds_configs/teacher_zero3_cpu.json)"
+            )
         if self.dataset_streaming and self.max_steps < 0:
             raise ValueError("dataset_streaming=true: a stream has no length, so set max_steps as well")
 

@@ -65,8 +65,7 @@ class Evaluator:
         packed: list[PackedBatch] = [pack(batch or [NOTHING], self.objective.device) for batch in batches]
         counts = count_response_tokens(packed, self.objective.device)
         sums, spec = ValueSums(self.objective.device), self.objective.spec(with_references=False)
-        for micro, batch in enumerate(packed):
-            teacher_NH = self.teacher.hidden(batch)
+        for micro, (batch, teacher_NH) in enumerate(zip(packed, self.teacher.score(packed), strict=True)):
             student_NH = self.student.hidden(batch)
             _, values_N6 = self.objective(student_NH, teacher_NH, shard, batch, counts, micro, spec)
             sums.add(batch, values_N6)

@@ -16,11 +16,13 @@ from typing import TextIO
 import torch.distributed as dist
 
 from engine import hosts
+from engine.errors import BadStepsError, CheckpointError
 
 _console: TextIO | None = None  # of a rank whose stderr goes to a file
 _log_path: Path | None = None
 
-USER_ERRORS = (ValueError, ConnectionError)  # told in one line: the text says what to do
+USER_ERRORS = (ValueError, ConnectionError)  # exit status 2
+ONE_LINE = (*USER_ERRORS, CheckpointError, BadStepsError)  # told without a traceback: the text says what to do
 
 
 def open_rank_log(output_dir: Path) -> None:
@@ -51,7 +53,7 @@ def report_failure(error: Exception) -> int:
 
     Once the ranks have met, only the first one to fail uses the console. Before that, the first rank of each host.
     """
-    is_mistake = isinstance(error, USER_ERRORS) and not os.environ.get("GKD_TRACEBACK")
+    is_mistake = isinstance(error, ONE_LINE) and not os.environ.get("GKD_TRACEBACK")
     text = f"error: {error}" if is_mistake else "".join(traceback.format_exception(error)).rstrip()
     if _console is not None:
         print(text, file=sys.stderr, flush=True)

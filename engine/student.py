@@ -44,10 +44,17 @@ class Student:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self.head.groups.world_size, scale_wrt_gas=False)
 
-    def step(self) -> None:
-        """Put the head's gradient into ZeRO's partition, clip, update the weights and the learning rate."""
+    def step(self, is_finite: bool) -> bool:
+        """Put the head's gradient into ZeRO's partition, clip, update the weights and the learning rate.
+
+        Returns whether that was done: weights, optimizer and schedule stay as they are where the loss is not finite,
+        as the caller says, or the gradient, as its norm tells. The same on every rank.
+        """
         self.head.close_step()
+        if not is_finite:
+            zero.void_gradients(self.engine)
         self.engine.step()
+        return self.engine.was_step_applied()
 
     @property
     def grad_norm(self) -> float:

@@ -14,17 +14,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import netrc
 import os
 import platform
 import secrets
 import shlex
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -32,6 +29,8 @@ from urllib.parse import urlparse
 import yaml
 
 from engine.config import GKDConfig
+from engine.progress import Progress
+from engine.timing import Phases
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +74,9 @@ class Tracker:
         self.run_dir = Path(run_dir)
         self.is_main = is_main
         self.run_id = run_id
-        self._timers_s: dict[str, float] = defaultdict(float)
-        self._first_step, self._total_steps = 0, max(config.max_steps, 0)
-        self._start_s = time.perf_counter()
+        self._phases = Phases()
+        self._first_step = 0
+        self._progress: Progress | None = None
         self._backend: Backend | None = None
         self._is_open = False
         if not is_main:
@@ -102,9 +101,10 @@ class Tracker:
 
     def begin(self, step: int, total_steps: int) -> None:
         """Start the clock of a run with `step` of its `total_steps` behind it, and `rewind` to `step`."""
-        self._first_step, self._total_steps = step, total_steps
-        self._start_s = time.perf_counter()
+        self._first_step = step
         self.rewind(step)
+        if self.is_main:
+            self._progress = Progress(step, total_steps, self.config.logging_steps)
 
     def rewind(self, step: int) -> None:
         """Drop what a run that got further than `step` has written, so that no step is there twice.
@@ -122,15 +122,15 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Append a line to `metrics.jsonl`: `step`, `metrics`, and the seconds under `time` since the last call."""
-        timers_s = {f"perf/{name}_s": seconds for name, seconds in self._timers_s.items()}
-        self._timers_s.clear()
+        phases = {f"perf/{name}_s": seconds for name, seconds in self._phases.take().items()}
         if not self.is_main:
             return
-        metrics = {**metrics, **timers_s}
+        metrics = {**metrics, **phases}
         append_line(self.metrics_path, {"step": step, **metrics})
         self._open_once()
         self._on_backend(lambda backend: backend.log(step, metrics))
-        self._print(step, metrics)
+        if self._progress is not None:
+            self._progress.show(step, metrics)
 
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Record rows of text or figures, such as samples: `tables/<name>.jsonl` in the run folder, and the tracker."""
@@ -143,17 +143,14 @@ class Tracker:
         self._open_once()
         self._on_backend(lambda backend: backend.table(name, step, columns, rows))
 
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Add this block's seconds on the host to `perf/<name>_s` of the next `log`; does not wait for the device."""
-        start_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._timers_s[name] += time.perf_counter() - start_s
+    def time(self, name: str) -> AbstractContextManager[None]:
+        """Add a block's seconds to `perf/<name>_s` of the next `log`."""
+        return self._phases.time(name)
 
     def finish(self) -> None:
         """Close the second tracker, waiting a bounded time for its upload."""
+        if self._progress is not None:
+            self._progress.close()
         self._on_backend(lambda backend: backend.finish())
 
     def _open_once(self) -> None:
@@ -174,37 +171,13 @@ class Tracker:
             )  # fmt: skip
             self._backend = None
 
-    def _print(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        if "train/loss" in metrics and (
-            step % self.config.logging_steps == 0 or step in (self._first_step + 1, self._total_steps)
-        ):
-            print(self._progress_line(step, metrics), flush=True)
-        shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        if shown:
-            figures = [f"{name} {value:.4f}" for name, value in shown.items() if isinstance(value, float)]
-            print(" | ".join([f"step {step}/{self._total_steps}", *figures]), flush=True)
-
-    def _progress_line(self, step: int, metrics: Mapping[str, Metric]) -> str:
-        formats = {
-            "train/loss": "loss {:.4f}",
-            "train/divergence": "divergence {:.4f}",
-            "train/grad_norm": "grad norm {:.3f}",
-            "train/lr": "lr {:.2e}",
-            "perf/tokens_per_s": "{:.0f} tokens/s",
-        }
-        parts = [f"step {step}/{self._total_steps}"]
-        parts += [text.format(metrics[name]) for name, text in formats.items() if metrics.get(name) is not None]
-        if step > self._first_step and self._total_steps > step:
-            step_s = (time.perf_counter() - self._start_s) / (step - self._first_step)
-            parts.append(f"ETA {format_duration(step_s * (self._total_steps - step))}")
-        return " | ".join(parts)
-
 
 class WandbBackend:
     """A wandb run: online where that is asked for and reachable, else offline in the run folder.
 
-    Every metric's x-axis is `step`, the optimizer step. It is wandb's own step as well, so that the steps which a
-    resumed run repeats are dropped by wandb instead of standing in the history twice.
+    Every metric's x-axis is `step`, the optimizer step; `train/tokens_total`, response tokens trained on, is defined as
+    the other that charts may use. The step is wandb's own as well, so that the steps which a resumed run repeats are
+    dropped by wandb instead of standing in the history twice.
     """
 
     def __init__(self, config: GKDConfig, run_dir: Path, run_id: str, record: dict[str, Any]) -> None:
@@ -227,6 +200,7 @@ class WandbBackend:
             self.run = self._init("offline")
         self.location = self.run.url or str(Path(self.run.dir).parent)
         self.run.define_metric("step", hidden=True)
+        self.run.define_metric("train/tokens_total", step_metric="step")
         self.run.define_metric("*", step_metric="step")
 
     def _init(self, mode: str) -> Any:
@@ -346,10 +320,3 @@ def package_versions() -> dict[str, str]:
 
 def command_line() -> str:
     return shlex.join(sys.orig_argv)
-
-
-def format_duration(seconds: float) -> str:
-    """`1h02m`, `4m10s` or `9s`."""
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

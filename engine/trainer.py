@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from engine.config import GKDConfig
 from engine.distributed import draw_seed, shared_uniform
 from engine.evaluation import Evaluation
 from engine.export import export_student
+from engine.faults import sample_rows
 from engine.objective import ValueSums, count_response_tokens
+from engine.signals import Watch
 from engine.tracking import Tracker
 
 VALUE_METRICS = {"divergence": "train/", "student_entropy": "train/", "nll": "train/", "acceptance": "train/",
@@ -56,9 +59,21 @@ class GKDTrainer:
         self.state = TrainState()
         self.rollouts: list[list[Sample]] | None = None  # the batch that `rollout_reuse` steps share
         self.evaluations: list[Evaluation] = []
+        self.watch = Watch(config, self.run.device)
+        self.stopped_by: str | None = None  # the signal, or `max_minutes`, that ended the run before its last step
 
     def train(self) -> TrainState:
-        """Train to the last step, then evaluate and export. All ranks must call."""
+        """Train to the last step, then evaluate and export; or stop early with a checkpoint. All ranks must call."""
+        with self.watch:
+            self._open()
+            self._train()
+            if self.stopped_by is None:
+                export_student(self.run.student.model, self.run.tokenizer, Path(self.config.output_dir) / "final")
+            self.tracker.finish()
+        return self.state
+
+    def _open(self) -> None:
+        """Resume, and open the record."""
         run, config = self.run, self.config
         if run.resume_from is not None:
             self.state = run.checkpoints.load(run.resume_from, run.student.engine)
@@ -69,17 +84,19 @@ class GKDTrainer:
         self.tracker.begin(self.state.step, run.num_steps)
         if config.eval_on_start and self.state.step == 0:
             self.tracker.log(0, self._evaluate())
-        while self.state.step < run.num_steps:
+
+    def _train(self) -> None:
+        run, config = self.run, self.config
+        while self.state.step < run.num_steps and self.stopped_by is None:
             metrics = self._train_step()
-            step = self.state.step
-            if run.evaluator and (step == run.num_steps or (config.eval_steps and step % config.eval_steps == 0)):
+            step, due = self.state.step, self.watch.agree()
+            is_last = step == run.num_steps
+            self.stopped_by = None if is_last else due.stop
+            if run.evaluator and (is_last or is_due(step, config.eval_steps)) and self.stopped_by is None:
                 metrics |= self._evaluate()
             self.tracker.log(step, metrics)
-            if config.save_steps and step % config.save_steps == 0:
+            if due.save or is_due(step, config.save_steps):
                 self.save_checkpoint()
-        export_student(run.student.model, run.tokenizer, Path(config.output_dir) / "final")
-        self.tracker.finish()
-        return self.state
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -88,13 +105,16 @@ class GKDTrainer:
         torch.manual_seed(draw_seed(self.config.seed, "dropout", state.step, run.rank))
         samples, metrics = self._next_samples()  # (x, y): from the data, the student or the teacher
         batches = [pack(batch, run.device) for batch in samples]
-        counts = count_response_tokens(batches, run.device)
+        with tracker.time("idle"):
+            counts = count_response_tokens(batches, run.device)
         spec = run.objective.spec(with_references=not metrics["train/on_policy"])
         sums, own_values = ValueSums(run.device), []
-        shard = run.student.open_step(train=True)
+        with tracker.time("student"):
+            shard = run.student.open_step(train=True)
+        scores = run.teacher.score(batches)
         for micro, batch in enumerate(batches):
             with tracker.time("teacher"):
-                teacher_NH = run.teacher.hidden(batch)
+                teacher_NH = next(scores)
             with tracker.time("student"):
                 student_NH = run.student.hidden(batch)
             with tracker.time("loss"):
@@ -103,21 +123,27 @@ class GKDTrainer:
                 run.student.backward(loss, is_last=micro + 1 == len(batches))
             sums.add(batch, values_N6, loss)
             own_values.append(values_N6)
+        with tracker.time("idle"):
+            means, loss_global, num_tokens = sums.reduce()
         learning_rate = run.student.learning_rate
         with tracker.time("optimizer"):
-            run.student.step()
-        means, loss_global, num_tokens = sums.reduce()
+            was_applied = run.student.step(is_finite=math.isfinite(loss_global))
         state.step += 1
         state.tokens += int(num_tokens)
-        self._log_completions(samples, batches, own_values, bool(metrics["train/on_policy"]))
+        run.bad_steps.record(state, was_applied, samples, batches, own_values)
+        on_policy = bool(metrics["train/on_policy"])
+        self._log_completions(samples, batches, own_values, on_policy)
         step_s = time.perf_counter() - started
         metrics |= {VALUE_METRICS.get(name, "train/") + name: value for name, value in means.items()}
+        writes = "rollout/tokens" in metrics
+        metrics |= run.meter.metrics(batches, writes and on_policy, writes and not on_policy, step_s)
         return metrics | {
             "train/loss": loss_global,
             "train/grad_norm": run.student.grad_norm,
             "train/lr": learning_rate,
             "train/tokens": num_tokens,
             "train/tokens_total": float(state.tokens),
+            "train/bad_steps": float(state.bad_steps),
             "perf/step_s": step_s,
             "perf/tokens_per_s": num_tokens / step_s,
         }
@@ -152,13 +178,7 @@ class GKDTrainer:
         every = self.config.log_completions_steps
         if not on_policy or not every or self.state.step % every:
             return
-        rows = []
-        for batch, packed, values_N6 in zip(samples, batches, values, strict=True):
-            for row, sample in enumerate(batch):
-                own = values_N6[packed.sequence_N == row, 0]
-                answer = sample.input_ids[len(sample.prompt_ids) :]
-                mean = own.mean().item() if own.numel() else None
-                rows.append([self.run.tokenizer.decode(sample.prompt_ids), self.run.tokenizer.decode(answer), mean])
+        rows = [list(row[1:]) for row in sample_rows(self.run.tokenizer, samples, batches, values)]
         self.tracker.table("completions", self.state.step, ["prompt", "sample", "mean_divergence"], rows)
 
     def _evaluate(self) -> dict[str, float]:
@@ -166,9 +186,15 @@ class GKDTrainer:
             self.evaluations.append(self.run.evaluator.run())
         return self.evaluations[-1].metrics
 
-    def save_checkpoint(self) -> Path:
-        """Write `checkpoints/step_<N>`. All ranks must call."""
+    def save_checkpoint(self) -> Path | None:
+        """Write `checkpoints/step_<N>`; None where that failed and `save_on_error` is `warn`. All ranks must call."""
         run = self.run
         model_parts = [run.student.model.config, run.student.model.generation_config, run.tokenizer]
         with self.tracker.time("checkpoint"):
-            return run.checkpoints.save(run.student.engine, self.state, model_parts, self.rollouts)
+            path = run.checkpoints.save(run.student.engine, self.state, model_parts, self.rollouts)
+        self.watch.note_save()
+        return path
+
+
+def is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

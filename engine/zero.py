@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from engine import hosts
+from engine.errors import CheckpointError
 
 
 def init_distributed(timeout_s: int) -> torch.device:
@@ -48,6 +54,9 @@ def init_distributed(timeout_s: int) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores with each other's threads crawl
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_per_node()))
+    # DeepSpeed makes further groups with torch's default time-out (30 min for gloo), on which a rank would wait for a
+    # stuck one after the world's own time-out has passed.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
     local_rank = hosts.local_rank()
     get_accelerator().set_device(local_rank)
     if not dist.is_initialized():
@@ -102,7 +111,7 @@ def local_piece(param: torch.Tensor) -> torch.Tensor:
         ValueError: where the piece lies on NVMe, or is cut over fewer ranks than the world (MiCS).
     """
     piece = param.ds_tensor
-    if piece.numel() == 0 or str(piece.status).endswith("NOT_AVAILABLE"):
+    if piece.numel() == 0 or piece.status != PartitionedParamStatus.AVAILABLE:
         raise ValueError(
             "deepspeed `offload_param.device`=nvme: the head's weights must stay in memory; use cpu there. "
             "`offload_optimizer.device` may be nvme"
@@ -125,6 +134,32 @@ def full_value(param: torch.Tensor) -> torch.Tensor:
         return param.detach().clone()
 
 
+def partitioned_construction(settings: dict[str, Any]) -> deepspeed.zero.Init:
+    """Context in which the parameters of a module under construction are partitioned as soon as they exist."""
+    return deepspeed.zero.Init(config_dict_or_path=settings)
+
+
+def can_fill_pieces(settings: dict[str, Any]) -> bool:
+    """Whether pieces lie in memory, once each: not on NVMe, and without the second copy of hpZ or MiCS."""
+    zero_settings = settings["zero_optimization"]
+    on_nvme = zero_settings.get("offload_param", {}).get("device") == "nvme"
+    several = zero_settings.get("zero_hpz_partition_size", 1) > 1 or zero_settings.get("mics_shard_size", -1) > 0
+    return not on_nvme and not several
+
+
+def piece_span(param: torch.Tensor) -> tuple[int, int]:
+    """First and last + 1 element of the flattened parameter in this rank's piece; equal where it is all padding."""
+    start = min(dist.get_rank() * param.ds_tensor.ds_numel, param.ds_numel)
+    return start, min(start + param.ds_tensor.ds_numel, param.ds_numel)
+
+
+def fill_piece(param: torch.Tensor, values: torch.Tensor) -> None:
+    """Set this rank's piece, before DeepSpeed's engine takes the parameters over (0.19.8: `ds_tensor`)."""
+    with torch.no_grad():
+        param.ds_tensor[: values.numel()].copy_(values)
+        param.ds_tensor[values.numel() :].zero_()
+
+
 def piece_of(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """The part of a whole flat tensor that falls to this rank's piece of `param`, zero-padded."""
     size = param.ds_tensor.ds_numel
@@ -143,6 +178,13 @@ def put_local_grad(param: torch.Tensor, piece: torch.Tensor, accumulate: bool) -
     safe_set_local_grad(param, piece)
 
 
+def void_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make `engine.step` drop this step: deepspeed 0.19.8's ZeRO-3 checks the global gradient norm in any precision
+    (`DeepSpeedZeroOptimizer_Stage3.step`), and one infinite partition makes it infinite on every rank."""
+    param = next(p for p in engine.module.parameters() if p.requires_grad)
+    safe_set_local_grad(param, torch.full_like(safe_get_local_grad(param), torch.inf))
+
+
 def fetch_rows(param: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Rows `ids` (int64 [S] on CPU, -1 for none) of a matrix, zeros for ids it does not have. All ranks must call.
 
@@ -153,6 +195,10 @@ def fetch_rows(param: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         known = (device_ids >= 0) & (device_ids < param.shape[0])
         return torch.where(known[:, None], param.detach()[device_ids.clamp(0, param.shape[0] - 1)], 0)
     num_rows, width = param.ds_shape
+    if param.ds_tensor.numel() == 0 or param.ds_tensor.status != PartitionedParamStatus.AVAILABLE:
+        with gathered([param]):  # on NVMe: DeepSpeed reads it back, whole, this once
+            known = (ids >= 0) & (ids < num_rows)
+            return torch.where(known.to(param.device)[:, None], param.detach()[ids.clamp(0, num_rows - 1)], 0)
     rows = torch.zeros(ids.numel(), width, dtype=param.ds_tensor.dtype, device=get_accelerator().current_device_name())
     runs = consecutive_runs(ids, num_rows)
     size = param.ds_tensor.ds_numel
@@ -198,6 +244,26 @@ def gathered_for_generation(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]
         raise failure
 
 
+def offload_optimizer(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Move optimizer state and master weights to host memory until `reload_optimizer`.
+
+    Raises:
+        ValueError: where the optimizer is not DeepSpeed's FusedAdam, the only one that 0.19.8 can move.
+    """
+    if type(engine.optimizer.optimizer) is not FusedAdam:
+        raise ValueError(
+            "teacher_offload=between_steps moves the student's optimizer state, which DeepSpeed does for its own Adam "
+            'only: put `"optimizer": {"type": "AdamW", "params": {"lr": "auto", ...}}` into the `deepspeed` JSON'
+        )
+    states = [OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params]
+    engine.offload_states(include=states, pin_memory=get_accelerator().device_name() != "cpu")
+
+
+def reload_optimizer(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Bring back what `offload_optimizer` moved."""
+    engine.reload_states()
+
+
 def moe_leaf_modules(model: nn.Module) -> list[type]:
     """Mark sparse MoE blocks as leaves: ZeRO-3 then fetches a block whole, as ranks route to different experts.
 
@@ -215,3 +281,64 @@ def count_gathered(model: nn.Module) -> int:
     """Parameters that are whole on this rank although ZeRO-3 does not keep them so."""
     available = ZeroParamStatus.AVAILABLE
     return sum(p.ds_status == available and not p.ds_persist for p in model.parameters() if is_partitioned(p))
+
+
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, client_state: dict[str, Any]) -> None:
+    """DeepSpeed's checkpoint in `folder`, without moving its `latest`. All ranks must call.
+
+    `engine.save_checkpoint` has barriers, at which the other ranks would wait for one whose disk is full: its writes'
+    errors are held back until all ranks are through.
+
+    Raises:
+        CheckpointError: where this rank could not write.
+    """
+    errors: list[Exception] = []
+
+    def held_back(write: Callable) -> Callable:
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError on a full disk
+                errors.append(error)
+
+        return attempt
+
+    writer = engine.checkpoint_engine
+    writer.save, engine._copy_recovery_script = held_back(writer.save), held_back(engine._copy_recovery_script)
+    try:
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
+    finally:
+        del writer.save, engine._copy_recovery_script
+    if errors:
+        raise CheckpointError(f"{type(errors[0]).__name__}: {errors[0]}")
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Load DeepSpeed's own format, written at this world size; returns its client state. All ranks must call."""
+    loaded, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed could not load it")
+    return client_state
+
+
+def load_universal_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Load DeepSpeed's universal format; returns its client state. All ranks must call.
+
+    deepspeed 0.19.8 (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`) gives every parameter group the settings
+    of the first, so that norms and biases would decay, and every sub-group the same step tensor, which torch's AdamW
+    then advances once per sub-group: both are put right here. The switch is the JSON's `checkpoint.load_universal`,
+    set for this one load, as the engine's later checkpoints are of its own format.
+    """
+    engine._config.load_universal_checkpoint = True
+    try:
+        client_state = load_checkpoint(engine, folder)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    saved = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", mmap=True, weights_only=False)
+    optimizer = engine.optimizer.optimizer
+    for group, values in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
+        group.update({key: value for key, value in values.items() if key != "params"})
+    for state in optimizer.state.values():
+        if torch.is_tensor(state["step"]):
+            state["step"] = state["step"].clone()
+    return client_state

@@ -6,10 +6,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 
-def tiny_llama(vocab_size: int = 100, tied: bool = False, hidden_size: int = 16, seed: int = 0, num_layers: int = 2):
+def tiny_llama(
+    vocab_size: int = 100,
+    tied: bool = False,
+    hidden_size: int = 16,
+    seed: int = 0,
+    num_layers: int = 2,
+    kv_heads: int = 1,
+):
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=num_layers,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=tied,
+        num_attention_heads=2, num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=tied,
         initializer_range=0.3, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return build(config, seed)
@@ -51,7 +58,8 @@ def write_run_inputs(folder, num_rows: int = 24) -> dict:
 
     tokenizer = tiny_tokenizer()
     for name, hidden_size, seed in (("student", 16, 1), ("teacher", 24, 2)):
-        tiny_llama(len(tokenizer), name == "student", hidden_size, seed).save_pretrained(folder / name)
+        model = tiny_llama(len(tokenizer), name == "student", hidden_size, seed, kv_heads=2 if name == "teacher" else 1)
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     data = folder / "data"
     data.mkdir()

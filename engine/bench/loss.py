@@ -25,9 +25,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
+from engine import volume
 from engine.bench.measure import Measured, measure
 from engine.distributed import VocabGroups, build_vocab_groups
-from engine.loss import volume
 from engine.loss.divergence import DivergenceSpec, dense_divergence
 from engine.loss.head import HeadShard, RowLayout, masked_columns
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence

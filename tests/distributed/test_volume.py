@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from engine import GKDConfig, volume
+from engine.batch import Sample, pack
 from engine.bench.loss import Size, bench
 from engine.bench.measure import loopback_bytes
-from engine.loss import volume
+from engine.teacher import build_teacher
 from tests.distributed.test_vocab_parallel import Case, build
+from tests.models import tiny_llama
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -66,3 +70,34 @@ def test_memory_is_the_gradient_shard_and_the_chunk_and_does_not_grow_with_token
         budget = size.vocab * size.student_hidden * 4 + size.chunk_bytes
         assert peaks[tokens] < 1.3 * budget, tokens
     assert peaks[1024] < 1.05 * peaks[256] + 2**20
+
+
+def check_teacher_bytes(folder: str, changes: dict) -> tuple[float, float]:
+    """Bytes per rank of one scoring forward, and what the formulas say."""
+    config = GKDConfig(bf16=False, teacher_model_name_or_path=folder, **changes)
+    teacher = build_teacher(config, None, torch.device("cpu"))
+    ids = torch.arange(400) % 101
+    batch = pack([Sample([1], ids.tolist(), [False] * 390 + [True] * 10, 0)], "cpu")
+    world_size = dist.get_world_size()
+    for _ in range(2):  # the first opens connections
+        dist.barrier()
+        time.sleep(0.2)
+        before = loopback_bytes()
+        dist.barrier()
+        teacher.hidden(batch)
+        dist.barrier()
+        time.sleep(0.2)
+        sent = (loopback_bytes() - before) / world_size
+        dist.barrier()
+    if config.teacher_placement == "tensor_parallel":
+        return sent, volume.tensor_parallel_forward_bytes(400, 4, 128, config.teacher_tp_size, 4)
+    fetched = [p for n, p in teacher.model.named_parameters() if "lm_head" not in n and not p.ds_persist]
+    return sent, volume.zero3_gather_bytes(sum(p.ds_numel for p in fetched), world_size, 4)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("changes", [{}, {"teacher_placement": "tensor_parallel", "teacher_tp_size": 2}], ids=str)
+def test_bytes_of_the_teacher_match_the_formula(ranks, tmp_path, world_size, changes):
+    tiny_llama(101, seed=5, hidden_size=128, kv_heads=2, num_layers=4).save_pretrained(tmp_path)
+    for sent, formula in ranks(world_size).run(check_teacher_bytes, str(tmp_path), changes):
+        assert sent == pytest.approx(formula, rel=0.05)

@@ -20,11 +20,24 @@ DOTFILES = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
-    0: {"config", "settings"},
-    1: {"distributed", "hosts", "logs", "batch", "order", "rows", "tokenizer"},
-    2: {"loss", "zero", "tracking", "chat", "backbone"},
-    3: {"data", "student", "teacher", "decoder", "objective"},
-    4: {"rollout", "checkpoint", "check", "export", "evaluation"},
+    0: {"config", "settings", "errors"},
+    1: {
+        "distributed",
+        "hosts",
+        "logs",
+        "batch",
+        "order",
+        "rows",
+        "tokenizer",
+        "volume",
+        "signals",
+        "manifest",
+        "timing",
+        "progress",
+    },
+    2: {"loss", "zero", "tracking", "chat", "backbone", "shards", "elastic"},
+    3: {"data", "student", "teacher", "decoder", "objective", "performance"},
+    4: {"rollout", "checkpoint", "check", "export", "evaluation", "faults"},
     5: {"trainer", "assembly"},
     6: {"cli", "__main__", "bench", "__init__"},
 }
@@ -95,12 +108,16 @@ def test_student_settings_load_in_deepspeed(path):
     assert path.stem != "zero3_nvme" or loaded.aio_config["queue_depth"] == 8
 
 
-def test_teacher_settings_load_in_deepspeed():
-    settings = teacher_settings(GKDConfig(teacher_deepspeed=str(ROOT / "ds_configs/teacher_zero3.json")))
+@pytest.mark.parametrize("path", [p for p in DS_CONFIGS if p.name.startswith("teacher")], ids=lambda p: p.name)
+def test_teacher_settings_load_in_deepspeed(path):
+    settings = teacher_settings(GKDConfig(teacher_deepspeed=str(path)))
     fill_bucket_sizes(settings, 64)
     assert '"auto"' not in json.dumps(settings)
     loaded = load_in_deepspeed(settings)
     assert loaded.zero_config.stage == 3 and loaded.bfloat16_config.enabled
+    devices = {"teacher_zero3": "none", "teacher_zero3_cpu": "cpu", "teacher_zero3_nvme": "nvme"}
+    offload = loaded.zero_config.offload_param
+    assert (offload.device if offload else "none") == devices[path.stem]
 
 
 def load_in_deepspeed(settings: dict):

@@ -2,16 +2,22 @@
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
-from engine.tracking import Tracker, format_duration, has_wandb_key, wandb_mode
+from engine.progress import format_duration
+from engine.tracking import Tracker, has_wandb_key, wandb_mode
 
+ROOT = Path(__file__).parents[2]
 AWKWARD_FLOATS = [1 / 3, 0.1 + 0.2, 1e-300, 5e-324, math.pi * 1e12, -0.0]
 
 
@@ -172,7 +178,7 @@ def test_wandb_offline_run_holds_config_and_history(tmp_path):
     assert history[1]["samples/_type"] == "table-file"
     axes = {record.metric.glob_name or record.metric.name: record.metric.step_metric
             for record in records if record.HasField("metric")}  # fmt: skip
-    assert axes["*"] == "step"
+    assert axes["*"] == "step" and axes["train/tokens_total"] == "step"  # the two x-axes
 
 
 def test_unreachable_wandb_server_neither_stops_nor_blocks(tmp_path, monkeypatch, caplog):
@@ -189,6 +195,40 @@ def test_unreachable_wandb_server_neither_stops_nor_blocks(tmp_path, monkeypatch
     assert "recording offline" in caplog.text
     assert read_lines(tracker.metrics_path) == [{"step": 1, "train/loss": 0.5}]
     assert where.name.startswith("offline-run-") and (where / f"run-{tracker.run_id}.wandb").exists()
+
+
+def lose_the_service(run_dir: Path) -> None:
+    """Forty steps, with wandb's service process killed after the first."""
+    tracker = build_tracker(run_dir, report_to="wandb")
+    tracker.begin(0, total_steps=40)
+    tracker.log(1, {"train/loss": 0.5})
+    services = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
+    assert services
+    for service in services:
+        service.kill()
+    psutil.wait_procs(services, timeout=10)
+    longest_s = 0.0
+    for step in range(2, 41):
+        start_s = time.perf_counter()
+        tracker.log(step, {"train/loss": 0.5})
+        longest_s = max(longest_s, time.perf_counter() - start_s)
+    start_s = time.perf_counter()
+    tracker.finish()
+    assert longest_s < 1.0 and time.perf_counter() - start_s < 10
+
+
+def test_training_goes_on_when_wandbs_service_is_killed(tmp_path):
+    """Each call returns within a second and the process ends with status 0; in a process of its own, as wandb's library
+    starts no second service."""
+    code = (
+        f"from pathlib import Path; from tests.unit.test_tracking import *; lose_the_service(Path({str(tmp_path)!r}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this one's
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wandb failed and is switched off; training goes on") == 1
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 41))
 
 
 def test_failing_tracker_is_switched_off_once(tmp_path, caplog):

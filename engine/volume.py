@@ -1,6 +1,7 @@
-"""How many bytes the loss moves: the formulas of the two-dimensional layout, compared with measured bytes in tests.
+"""How many bytes the loss and the teacher move: the formulas in README, compared with measured bytes in tests.
 
-N ranks in token groups of G; V vocabulary, H_s and H_t hidden sizes, T response tokens of one rank.
+N ranks in token groups of G; V vocabulary, H_s and H_t hidden sizes, T tokens of one rank (response tokens for the
+loss, all of them for the teacher).
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ def scalar_bytes(tokens: int, group_size: int) -> float:
     for each of the group's G T tokens), and the sums (6 fp32, all-reduced)."""
     per_token = 2 * 8 + 7 * FLOAT_BYTES * group_size + 2 * 6 * FLOAT_BYTES
     return (group_size - 1) * tokens * per_token
+
+
+def tensor_parallel_forward_bytes(
+    tokens: int, num_layers: int, hidden: int, group_size: int, element_bytes: int
+) -> float:
+    """Sent per rank and forward pass of a teacher split over k ranks: two all-reduces a layer over the k micro-batches
+    that are scored together, 2 L k T H_t elements each of which travels 2 (k - 1) / k times."""
+    return 2 * num_layers * group_size * tokens * hidden * 2 * (group_size - 1) / group_size * element_bytes
 
 
 def zero3_gather_bytes(num_elements: int, world_size: int, weight_bytes: int) -> float:

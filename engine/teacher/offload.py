@@ -1,0 +1,49 @@
+"""A whole teacher and the student's optimizer state that take turns on the device, for runs where both do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+from torch import nn
+
+from engine import zero
+from engine.backbone import HiddenStates
+from engine.batch import PackedBatch
+from engine.teacher.interface import Teacher
+
+
+class AlternatingTeacher(Teacher):
+    """Its weights are on the device while it scores or writes; the student's optimizer state is, otherwise.
+
+    It scores all micro-batches of a step in one go and keeps their hidden states, T H_t elements.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__(model.to("cpu"), HiddenStates(model))
+        self._device = device
+        self.student_engine: deepspeed.DeepSpeedEngine | None = None  # set once the student is built
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if self.student_engine is not None:
+            zero.offload_optimizer(self.student_engine)
+        self.model.to(self._device)
+        try:
+            yield
+        finally:
+            self.model.to("cpu")
+            if self.student_engine is not None:
+                zero.reload_optimizer(self.student_engine)
+
+    def score(self, batches: list[PackedBatch]) -> Iterator[torch.Tensor]:
+        with self._turn():
+            hidden = [self.hidden(batch) for batch in batches]
+        yield from hidden
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        with self._turn():
+            yield self.model

@@ -1,0 +1,179 @@
+"""Signals, wall-clock limits, dead ranks and full disks: every rank ends as agreed, and the run can go on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.distributed.test_training import metrics_of, weights_of
+from tests.forked import ForkedRun
+from tests.models import write_run_inputs
+
+STEP_S = 0.15  # long enough for a signal to fall into a chosen step
+
+
+def slow_steps(seconds: float = STEP_S) -> None:
+    """Lengthen every step of this process."""
+    from engine.trainer import GKDTrainer
+
+    original = GKDTrainer._train_step
+
+    def slow(self):
+        time.sleep(seconds)
+        return original(self)
+
+    GKDTrainer._train_step = slow
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preemption")
+    fields = write_run_inputs(folder) | {"max_steps": 12, "save_steps": None, "global_batch_size": 4}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def start(recipe: Path, folder: Path, *flags: str, before=slow_steps) -> ForkedRun:
+    words = ["train", "--config", str(recipe), "--output_dir", str(folder / "run"), *flags]
+    return ForkedRun(2, words, folder / "logs", before)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run = start(recipe, folder, before=None)
+    assert run.wait(120) == [0, 0], run.text()
+    return folder / "run"
+
+
+def steps_in(folder: Path) -> int:
+    path = folder / "run" / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def checkpoints_in(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in (folder / "run" / "checkpoints").glob("step_*/manifest.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, whole, tmp_path, number):
+    """Exit status 0 within a step; a launcher's echo of the signal changes nothing; the resumed run is the same."""
+    run = start(recipe, tmp_path)
+    assert run.wait_until(lambda: steps_in(tmp_path) >= 3), run.text()
+    before = steps_in(tmp_path)
+    run.signal(1, number)
+    run.signal(1, number)
+    assert run.wait(30) == [0, 0], run.text()
+    stopped = steps_in(tmp_path)
+    assert before <= stopped <= before + 2  # the step in which the signal came, and perhaps one that had just begun
+    assert checkpoints_in(tmp_path) == [stopped] and not (tmp_path / "run" / "final").exists()
+    assert f"stopped after step {stopped} of 12 by {number.name}; checkpoint of step {stopped}" in run.text()
+    run = start(recipe, tmp_path, "--resume_from_checkpoint", "auto", before=None)
+    assert run.wait(60) == [0, 0], run.text()
+    assert metrics_of(tmp_path / "run") == metrics_of(whole)
+    assert (weights_of(tmp_path / "run") == weights_of(whole)).all()
+
+
+def test_a_second_signal_ends_a_hanging_rank_at_once(recipe, tmp_path):
+    """Rank 1 is frozen, so that rank 0 hangs in a collective, where Python's own signal handlers never run."""
+    from engine.signals import REPEAT_S
+
+    run = start(recipe, tmp_path)
+    assert run.wait_until(lambda: steps_in(tmp_path) >= 1), run.text()
+    run.signal(1, signal.SIGSTOP)
+    time.sleep(2 * STEP_S)
+    run.signal(0, signal.SIGTERM)
+    time.sleep(REPEAT_S + 0.2)
+    assert run.processes[0].is_alive()
+    run.signal(0, signal.SIGTERM)
+    run.processes[0].join(2)
+    status = run.processes[0].exitcode
+    run.kill_all()
+    assert status == 128 + signal.SIGTERM, run.text()
+
+
+def test_max_minutes_ends_a_run_and_save_minutes_saves(recipe, tmp_path):
+    flags = ["--max_minutes", "0.05", "--save_minutes", "0.01"]
+    run = start(recipe, tmp_path, *flags, before=functools.partial(slow_steps, 0.4))
+    assert run.wait(60) == [0, 0], run.text()
+    stopped = steps_in(tmp_path)
+    assert 1 < stopped < 12 and f"stopped after step {stopped} of 12 by max_minutes" in run.text()
+    saved = checkpoints_in(tmp_path)
+    assert len(saved) > 1 and saved[-1] == stopped  # by the clock, and at the end
+
+
+def test_a_dead_rank_ends_the_others(recipe, tmp_path):
+    run = start(recipe, tmp_path, "--timeout_s", "20")
+    assert run.wait_until(lambda: steps_in(tmp_path) >= 1), run.text()
+    run.signal(1, signal.SIGKILL)
+    killed_s = time.monotonic()
+    status = run.wait(25)
+    assert status[0] not in (0, None) and status[1] == -signal.SIGKILL
+    assert time.monotonic() - killed_s < 10  # gloo sees the closed connection; NCCL would wait for timeout_s
+
+
+def test_a_stuck_rank_ends_the_others_after_the_time_out(recipe, tmp_path):
+    """Also in the groups that DeepSpeed and the loss make, whose own default is half an hour."""
+    run = start(recipe, tmp_path, "--timeout_s", "4")
+    assert run.wait_until(lambda: steps_in(tmp_path) >= 1), run.text()
+    run.signal(1, signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    run.processes[0].join(30)
+    waited_s, status = time.monotonic() - stopped_s, run.processes[0].exitcode
+    run.kill_all()
+    assert status not in (0, None) and 3 < waited_s < 20, (status, waited_s, run.text())
+
+
+def full_disk(at_step: int) -> None:
+    """From `at_step` on, rank 1 cannot write files of more than 20 kB (its limit stands in for a full disk)."""
+    import os
+
+    from engine.trainer import GKDTrainer
+
+    original = GKDTrainer._train_step
+
+    def step(self):
+        if self.state.step + 1 == at_step and os.environ["RANK"] == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return original(self)
+
+    GKDTrainer._train_step = step
+
+
+@pytest.mark.parametrize("reaction", ["raise", "warn"])
+def test_a_full_disk_leaves_the_earlier_checkpoint(recipe, whole, tmp_path, reaction):
+    flags = ["--save_steps", "4", "--save_total_limit", "1", "--save_on_error", reaction]
+    run = start(recipe, tmp_path, *flags, before=functools.partial(full_disk, 6))
+    expected = [0, 0] if reaction == "warn" else [1, 1]
+    assert run.wait(60) == expected, run.text()
+    assert checkpoints_in(tmp_path) == [4]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".saving_*"))
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_4"
+    text = run.logs[0].read_text()
+    assert "step_8: cannot be written: rank 1: " in text and "rank 0:" not in text
+    if reaction == "warn":
+        assert steps_in(tmp_path) == 12 and metrics_of(tmp_path / "run") == metrics_of(whole)
+    else:
+        assert "error: checkpoint step_8" in text
+        run = start(recipe, tmp_path, "--resume_from_checkpoint", "auto", before=None)
+        assert run.wait(60) == [0, 0], run.text()
+        assert metrics_of(tmp_path / "run") == metrics_of(whole)
+
+
+def test_metrics_split_the_step(whole):
+    """The phases cover most of a step, none counts twice, and there is no peak to compare with on CPU."""
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    names = ["teacher", "student", "loss", "backward", "optimizer", "idle"]
+    for line in lines[1:]:  # the first step allocates
+        parts = sum(line[f"perf/{name}_s"] for name in names) + line.get("perf/rollout_s", 0.0)
+        assert 0.5 * line["perf/step_s"] < parts <= line["perf/step_s"]
+        assert line["perf/tflops_per_s"] > 0 and "perf/mfu" not in line and line["perf/memory_peak_gib"] > 0.01
+    assert any("perf/rollout_s" in line for line in lines)
