@@ -102,7 +102,6 @@ def test_the_time_limits_signal_requeues_and_the_job_goes_on(finished, signalled
     assert stopped_at < NUM_STEPS and went_on(folder, finished)
 
 
-@pytest.mark.xfail(reason="needs the save on SIGUSR1 of issue 6; remove this mark with it", strict=True)
 def test_the_signal_saves_where_the_run_stands(signalled):
     _, _, is_saved = signalled
     assert is_saved
