@@ -23,14 +23,31 @@ NEEDED = {"ip": "iproute2", "unshare": "util-linux", "sshd": "openssh-server", "
 
 def why_not() -> str | None:
     """Why this machine cannot have such hosts; None where it can."""
+    return missing_packages(NEEDED) or no_namespaces()
+
+
+def missing_packages(needed: dict[str, str]) -> str | None:
+    """Which Debian packages are not there, by the programs wanted of them."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = {package for program, package in needed.items() if shutil.which(program, path=path) is None}
+    return f"not installed: {', '.join(sorted(missing))}" if missing else None
+
+
+def no_namespaces() -> str | None:
+    """Why a network namespace with a veth pair and mounts of its own cannot be made; None where it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = [package for program, package in NEEDED.items() if shutil.which(program, path=path) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)}"
-    done = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
-    return done.stderr.strip() or None if done.returncode else None
+    name = f"gkd{os.getpid()}probe"
+    try:
+        sh(f"ip netns add {name}")
+        try:
+            sh(f"ip -n {name} link add lan0 type veth peer name lan1")
+            sh(f"nsenter --net=/run/netns/{name} unshare --uts --mount mount -t tmpfs tmpfs /run")
+        finally:
+            sh(f"ip netns del {name}")
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 class Network:
