@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HOSTS = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 INTERFACE = "lan0"
+SYSTEM_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 NEEDED = {"ip": "iproute2", "unshare": "util-linux", "sshd": "openssh-server", "pdsh": "pdsh"}
 
 
@@ -28,8 +29,7 @@ def why_not() -> str | None:
 
 def missing_packages(needed: dict[str, str]) -> str | None:
     """Which Debian packages are not there, by the programs wanted of them."""
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = {package for program, package in needed.items() if shutil.which(program, path=path) is None}
+    missing = {package for program, package in needed.items() if shutil.which(program, path=SYSTEM_PATH) is None}
     return f"not installed: {', '.join(sorted(missing))}" if missing else None
 
 
@@ -91,7 +91,7 @@ class Network:
         (folder / "bin").mkdir()
         (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder / "ssh_config"} "$@"\n')
         (folder / "bin" / "ssh").chmod(0o755)
-        path = f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/sbin:/sbin:{os.environ['PATH']}"
+        path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{SYSTEM_PATH}"
         return {
             "PATH": path, "HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
             "HF_HUB_OFFLINE": "1", "HOSTFILE": str(folder / "hostfile"), "IFNAME": INTERFACE, "LANG": "C.UTF-8",
@@ -167,7 +167,8 @@ class Network:
 
 
 def sh(command: str) -> str:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    environment = os.environ | {"PATH": SYSTEM_PATH}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")
     return done.stdout

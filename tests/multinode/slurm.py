@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.multinode.network import ROOT, kill_all, missing_packages, no_namespaces, pids_in, sh
+from tests.multinode.network import ROOT, SYSTEM_PATH, kill_all, missing_packages, no_namespaces, pids_in, sh
 
 NEEDED = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "ip": "iproute2"}
 ADDRESS = "10.79.0.1"
@@ -31,7 +31,7 @@ class Slurm:
         self.name = f"gkd{os.getpid()}slurm"
         self.daemons: list[subprocess.Popen] = []
         self.environment = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin", "HOME": str(folder),
+            "PATH": f"{Path(sys.executable).parent}:{SYSTEM_PATH}", "HOME": str(folder),
             "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8",
         }  # fmt: skip
