@@ -55,7 +55,7 @@ def test_sbatch_trains_on_two_nodes(finished, recipe):
     assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
     assert log.count(f"step {NUM_STEPS}/{NUM_STEPS} |") == 1  # rank 0 alone
     manifest = json.loads((finished / "checkpoints" / f"step_{NUM_STEPS}" / "manifest.json").read_text())
-    assert manifest["world_size"] == 4
+    assert manifest["layout"]["world_size"] == 4
 
 
 @pytest.mark.slow
