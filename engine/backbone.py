@@ -121,8 +121,10 @@ def download_model(name: str) -> None:
         ) from error
 
 
-def count_parameters(name: str, config: GKDConfig) -> int:
-    """Parameters of a model, from its configuration alone."""
+def count_parameters(name: str | None, config: GKDConfig) -> int:
+    """Parameters of a model, from its configuration alone; ValueError where there is none of that name."""
+    if name is None:
+        raise ValueError("model_name_or_path is not set")
     model_config = read_model_config(name, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)

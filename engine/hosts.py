@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch.distributed as dist
@@ -44,9 +44,13 @@ def meet(backend: str, timeout_s: int) -> dist.Store:
     """The store of this run, once every rank has come to it. Every rank that the launcher started must call.
 
     Raises:
+        ValueError: where the launcher left out one of torch's variables.
         ConnectionError: where ranks stay away for `timeout_s`, a host has no interface of the name it is to use, or
             hosts cannot reach each other by their interfaces.
     """
+    absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise ValueError(f"RANK is set and {', '.join(absent)} not: set all of them, or none to run alone")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -81,7 +85,7 @@ def meet(backend: str, timeout_s: int) -> dist.Store:
     return store
 
 
-def describe_host(backend: str) -> dict[str, str]:
+def describe_host(backend: str) -> dict[str, Any]:
     """What the others must know: the host's name, the address that it offers them, and what is wrong with that."""
     host, variable = host_name(), f"{backend.upper()}_SOCKET_IFNAME"
     wanted = os.environ.get(variable, "")
@@ -91,45 +95,47 @@ def describe_host(backend: str) -> dict[str, str]:
         for entry in entries
         if entry.family == socket.AF_INET
     }
+    record = {"host": host, "local_rank": local_rank(), "address": "", "interface": "", "problem": ""}
     if not wanted or wanted.startswith("^"):
-        return {"host": host, "address": default_address(backend), "interface": "its default interface", "problem": ""}
+        return record | {"address": default_address(backend), "interface": "its default interface"}
     is_exact = backend == "gloo" or wanted.startswith("=")
     names = wanted.removeprefix("=").split(",")
     known = [own for own in interfaces if any(own == name if is_exact else own.startswith(name) for name in names)]
     if known:
-        return {"host": host, "address": interfaces[known[0]], "interface": known[0], "problem": ""}
+        return record | {"address": interfaces[known[0]], "interface": known[0]}
     found = ", ".join(f"{name} {address}" for name, address in interfaces.items())
-    problem = f"{variable}={wanted}: {host} has no such interface with an address; it has {found}"
-    return {"host": host, "address": "", "interface": "", "problem": problem}
+    return record | {"problem": f"{variable}={wanted}: {host} has no such interface with an address; it has {found}"}
 
 
 def default_address(backend: str) -> str:
-    """The address that gloo offers, that of the host's name; for NCCL, the one from which rank 0 is reached."""
-    if backend == "gloo":
-        try:
+    """The address that gloo offers, that of the host's name; for NCCL, the one from which rank 0 is reached. Empty
+    where it is not one of IPv4."""
+    try:
+        if backend == "gloo":
             return socket.gethostbyname(socket.gethostname())
-        except OSError:
-            return "127.0.0.1"  # as gloo does
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-        return probe.getsockname()[0]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+            return probe.getsockname()[0]
+    except OSError:
+        return ""
 
 
-def find_closed_doors(store: dist.Store, records: list[dict[str, str]], timeout_s: int) -> list[str]:
+def find_closed_doors(store: dist.Store, records: list[dict[str, Any]], timeout_s: int) -> list[str]:
     """Which host cannot reach which: the first rank of each opens a port at its address, and all the others knock.
 
     Collectives over an interface that leads nowhere would fail too, after many times the timeout and without a name.
     """
-    first_rank = {record["host"]: rank for rank, record in reversed(list(enumerate(records)))}
-    if len(first_rank) == 1:
+    # By place, not by name: hosts that share a name are among those that this is for.
+    firsts = sorted({rank - record["local_rank"] for rank, record in enumerate(records)})
+    if len(firsts) == 1 or not all(record["address"] for record in records):
         return []
     rank, timeout = int(os.environ["RANK"]), timedelta(seconds=timeout_s)
-    verdicts = [f"verdict/{first}" for first in first_rank.values()]
-    if rank in first_rank.values():
+    verdicts = [f"verdict/{first}" for first in firsts]
+    if rank in firsts:
         own = records[rank]
-        with socket.create_server((own["address"], 0), backlog=len(first_rank)) as door:
+        with socket.create_server((own["address"], 0), backlog=len(firsts)) as door:
             store.set(f"door/{rank}", str(door.getsockname()[1]))
-            store.wait([f"door/{first}" for first in first_rank.values()], timeout)
+            store.wait([f"door/{first}" for first in firsts], timeout)
 
             def knock(first: int) -> str | None:
                 other = records[first]
@@ -141,7 +147,7 @@ def find_closed_doors(store: dist.Store, records: list[dict[str, str]], timeout_
                 return None
 
             with ThreadPoolExecutor(max_workers=16) as knockers:
-                found = [text for text in knockers.map(knock, set(first_rank.values()) - {rank}) if text]
+                found = [text for text in knockers.map(knock, (first for first in firsts if first != rank)) if text]
             store.set(f"verdict/{rank}", json.dumps(found))
             store.wait(verdicts, timeout)
     store.wait(verdicts, timeout)

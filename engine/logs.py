@@ -58,14 +58,13 @@ def report_failure(error: Exception) -> int:
     if _console is not None:
         print(text, file=sys.stderr, flush=True)
     console = _console or sys.stderr
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         if hosts.local_rank() == 0:
             print(text, file=console, flush=True)
         return 2 if isinstance(error, USER_ERRORS) else 1
     is_first = hosts.claim_failure()
     if is_first:
-        is_named = not is_mistake and dist.get_world_size() > 1
-        heading = f"rank {dist.get_rank()} on {hosts.host_name()}:\n" if is_named else ""
+        heading = "" if is_mistake else f"rank {dist.get_rank()} on {hosts.host_name()}:\n"
         print(heading + text, file=console, flush=True)
         silent = hosts.silent_ranks() if is_broken_link(error) else {}
         if silent:

@@ -18,19 +18,36 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HOSTS = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 INTERFACE = "lan0"
+SYSTEM_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 NEEDED = {"ip": "iproute2", "unshare": "util-linux", "sshd": "openssh-server", "pdsh": "pdsh"}
 
 
 def why_not() -> str | None:
     """Why this machine cannot have such hosts; None where it can."""
+    return missing_packages(NEEDED) or no_namespaces()
+
+
+def missing_packages(needed: dict[str, str]) -> str | None:
+    """Which Debian packages are not there, by the programs wanted of them."""
+    missing = {package for program, package in needed.items() if shutil.which(program, path=SYSTEM_PATH) is None}
+    return f"not installed: {', '.join(sorted(missing))}" if missing else None
+
+
+def no_namespaces() -> str | None:
+    """Why a network namespace with a veth pair and mounts of its own cannot be made; None where it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = [package for program, package in NEEDED.items() if shutil.which(program, path=path) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)}"
-    done = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
-    return done.stderr.strip() or None if done.returncode else None
+    name = f"gkd{os.getpid()}probe"
+    try:
+        sh(f"ip netns add {name}")
+        try:
+            sh(f"ip -n {name} link add lan0 type veth peer name lan1")
+            sh(f"nsenter --net=/run/netns/{name} unshare --uts --mount mount -t tmpfs tmpfs /run")
+        finally:
+            sh(f"ip netns del {name}")
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 class Network:
@@ -74,7 +91,7 @@ class Network:
         (folder / "bin").mkdir()
         (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder / "ssh_config"} "$@"\n')
         (folder / "bin" / "ssh").chmod(0o755)
-        path = f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/sbin:/sbin:{os.environ['PATH']}"
+        path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{SYSTEM_PATH}"
         return {
             "PATH": path, "HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
             "HF_HUB_OFFLINE": "1", "HOSTFILE": str(folder / "hostfile"), "IFNAME": INTERFACE, "LANG": "C.UTF-8",
@@ -150,7 +167,8 @@ class Network:
 
 
 def sh(command: str) -> str:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    environment = os.environ | {"PATH": SYSTEM_PATH}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")
     return done.stdout

@@ -6,13 +6,12 @@ Configuration, state and sockets lie in a temporary folder. `close` ends every p
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tests.multinode.network import ROOT, kill_all, pids_in, sh
+from tests.multinode.network import ROOT, SYSTEM_PATH, kill_all, missing_packages, no_namespaces, pids_in, sh
 
 NEEDED = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "ip": "iproute2"}
 ADDRESS = "10.79.0.1"
@@ -21,11 +20,7 @@ ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
 def why_not() -> str | None:
     """Why this machine cannot have a Slurm; None where it can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = {package for program, package in NEEDED.items() if shutil.which(program, path=path) is None}
-    return f"not installed: {', '.join(sorted(missing))}" if missing else None
+    return missing_packages(NEEDED) or no_namespaces()
 
 
 class Slurm:
@@ -36,7 +31,7 @@ class Slurm:
         self.name = f"gkd{os.getpid()}slurm"
         self.daemons: list[subprocess.Popen] = []
         self.environment = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin", "HOME": str(folder),
+            "PATH": f"{Path(sys.executable).parent}:{SYSTEM_PATH}", "HOME": str(folder),
             "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8",
         }  # fmt: skip

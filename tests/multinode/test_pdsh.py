@@ -67,6 +67,7 @@ def test_a_lost_link_ends_the_run_and_the_next_one_goes_on(network, finished, re
     cut = time.monotonic()
     status, output = network.wait(process, deadline_s=120)
     ended_s = time.monotonic() - cut
+    print(f"ended {ended_s:.1f} s after the link went down, with timeout_s={TIMEOUT_S}")
     network.restart("n2")
     network.set_link("n2", "up")
     assert status != 0 and ended_s < TIMEOUT_S + 70, ended_s

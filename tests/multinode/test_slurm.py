@@ -55,7 +55,7 @@ def test_sbatch_trains_on_two_nodes(finished, recipe):
     assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
     assert log.count(f"step {NUM_STEPS}/{NUM_STEPS} |") == 1  # rank 0 alone
     manifest = json.loads((finished / "checkpoints" / f"step_{NUM_STEPS}" / "manifest.json").read_text())
-    assert manifest["world_size"] == 4
+    assert manifest["layout"]["world_size"] == 4
 
 
 @pytest.mark.slow
@@ -102,7 +102,6 @@ def test_the_time_limits_signal_requeues_and_the_job_goes_on(finished, signalled
     assert stopped_at < NUM_STEPS and went_on(folder, finished)
 
 
-@pytest.mark.xfail(reason="needs the save on SIGUSR1 of issue 6; remove this mark with it", strict=True)
 def test_the_signal_saves_where_the_run_stands(signalled):
     _, _, is_saved = signalled
     assert is_saved

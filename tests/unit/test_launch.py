@@ -47,8 +47,9 @@ def test_scripts_refuse_nonsense_alike(path):
 
 
 @pytest.mark.parametrize("name,num_ranks", RANKS.items())
-def test_recipes_fit_their_machines(name, num_ranks):
+def test_recipes_fit_their_machines(name, num_ranks, monkeypatch):
     """The global batch splits over the ranks, both DeepSpeed settings resolve."""
+    monkeypatch.chdir(LAUNCH.parent)
     config = config_from_dict(yaml.safe_load((LAUNCH / f"recipes/{name}.yaml").read_text()), name)
     settings = resolve_deepspeed(config, num_ranks, hidden_size=1024)
     assert settings["zero_optimization"]["stage"] == 3
