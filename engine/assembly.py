@@ -79,7 +79,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     if config.teacher_placement == "zero3":
         teacher_settings(config)
     checkpoints = Checkpoints(config)
-    resume_from = checkpoints.find()
+    resume_from = checkpoints.find() if train else None
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     student_config, teacher_config = (
         _model_config(given, name, field, config)

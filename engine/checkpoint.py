@@ -123,8 +123,7 @@ class Checkpoints:
                 shutil.rmtree(stale)
             if is_main:
                 (hidden / "hf").mkdir(parents=True)
-                for part in model_parts:
-                    part.save_pretrained(hidden / "hf")
+                save_parts(model_parts, hidden / "hf")
 
         def write() -> None:
             zero.save_checkpoint(engine, hidden, {"train_state": record})
@@ -239,6 +238,14 @@ def saved_checkpoints(folder: Path) -> list[Path]:
         return (math.inf if manifest is None else manifest.get("saved_at", 0.0), int(path.name[5:]))
 
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=age, reverse=True)
+
+
+def save_parts(parts: list[Any], folder: Path) -> None:
+    for part in parts:
+        try:
+            part.save_pretrained(folder)
+        except Exception as error:  # the type that the tokenizers library raises on a full disk
+            raise CheckpointError(f"{type(part).__name__}: {error}") from error
 
 
 def together(what: str, action: Callable[[], Any]) -> Any:
