@@ -82,7 +82,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     if config.teacher_placement == "zero3":
         teacher_settings(config)
     checkpoints = Checkpoints(config)
-    resume_from = checkpoints.find()
+    resume_from = checkpoints.find() if train else None
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size))
     check.same_data(read.sources)

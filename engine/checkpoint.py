@@ -123,8 +123,7 @@ class Checkpoints:
                 shutil.rmtree(stale)
             if is_main:
                 (hidden / "hf").mkdir(parents=True)
-                for part in model_parts:
-                    part.save_pretrained(hidden / "hf")
+                save_parts(model_parts, hidden / "hf")
 
         def write() -> None:
             zero.save_checkpoint(engine, hidden, {"train_state": record})
@@ -140,12 +139,31 @@ class Checkpoints:
                 remove_universal_copies(self.folder)
                 self._prune(keep=name)
 
-        together(f"{name}: cannot write into {self.folder}", prepare)
-        together(f"{name}: cannot be written", write)
-        own = together(f"{name}: cannot be flushed", lambda: flushed_digests(hidden, share(list_files(hidden))))
-        digests = merge(own)
-        together(f"{name}: cannot be completed", reveal)
+        def flush() -> dict[str, list]:
+            return flushed_digests(hidden, share(list_files(hidden)))
+
+        self._together(f"{name}: cannot be begun", prepare)
+        self._together(f"{name}: cannot be written", write)
+        digests = merge(self._together(f"{name}: cannot be flushed", flush))
+        self._together(f"{name}: cannot be completed", reveal)
         return self.folder / name
+
+    def _together(self, what: str, action: Callable[[], Any]) -> Any:
+        """Run `action` on every rank and return its result; where it fails on one, fail on all.
+
+        Raises:
+            CheckpointError: `what`, the ranks, their errors, and how full the disk is.
+        """
+        result, problem = None, {}
+        try:
+            result = action()
+        except (OSError, CheckpointError) as error:
+            free = shutil.disk_usage(self.config.output_dir).free / 2**20
+            problem = {dist.get_rank(): f"rank {dist.get_rank()}: {error} (disk: {free:.1f} MiB free)"}
+        problems = merge(problem)
+        if problems:
+            raise CheckpointError(f"checkpoint {what}: {'; '.join(problems.values())}")
+        return result
 
     def _record(self, state: TrainState) -> dict[str, Any]:
         config, world_size = self.config, dist.get_world_size()
@@ -241,18 +259,9 @@ def saved_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=age, reverse=True)
 
 
-def together(what: str, action: Callable[[], Any]) -> Any:
-    """Run `action` on every rank and return its result; where it fails on one, fail on all. All ranks must call.
-
-    Raises:
-        CheckpointError: `what`, the ranks and their errors.
-    """
-    result, problem = None, {}
-    try:
-        result = action()
-    except (OSError, CheckpointError) as error:
-        problem = {dist.get_rank(): f"rank {dist.get_rank()}: {error}"}
-    problems = merge(problem)
-    if problems:
-        raise CheckpointError(f"checkpoint {what}: {'; '.join(problems.values())}")
-    return result
+def save_parts(parts: list[Any], folder: Path) -> None:
+    for part in parts:
+        try:
+            part.save_pretrained(folder)
+        except Exception as error:  # the type that the tokenizers library raises on a full disk
+            raise CheckpointError(f"{type(part).__name__}: {error}") from error

@@ -39,8 +39,7 @@ class Meter:
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         self.student, self.teacher = matrix_parameters(student), matrix_parameters(teacher)
         self.is_sparse = any(hasattr(module, "experts") for model in (student, teacher) for module in model.modules())
-        on_cpu = get_accelerator().device_name() == "cpu"
-        name = "cpu" if on_cpu else torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else get_accelerator().device_name()
         self.peak_flops = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
     def step_flops(self, batches: list[PackedBatch], student_writes: bool, teacher_writes: bool) -> float:

@@ -17,7 +17,7 @@ from tests.distributed.test_training import metrics_of, weights_of
 from tests.forked import ForkedRun
 from tests.models import write_run_inputs
 
-WORLD_SIZE = 2
+WORLD_SIZE, NUM_STEPS = 2, 24
 # Places in a save, in the order in which it comes to them: before any file, between files, when the manifest is to be
 # written, before and between the renames, before `latest` moves and before old checkpoints go.
 SAVE_POINTS = ("prepare", "rank_file", "digests", "manifest", "rename", "latest", "prune")
@@ -28,8 +28,8 @@ def recipe(tmp_path_factory) -> Path:
     """On-policy half of the time, accumulation 2, rollouts shared by two steps, epochs that end within a step."""
     folder = tmp_path_factory.mktemp("kills")
     fields = write_run_inputs(folder, num_rows=10) | {
-        "lmbda": 0.5, "rollout_reuse": 2, "global_batch_size": 8, "max_steps": 24, "save_steps": 2, "weight_decay": 0.1,
-        "save_total_limit": 2, "resume_from_checkpoint": "auto", "timeout_s": 20,
+        "lmbda": 0.5, "rollout_reuse": 2, "global_batch_size": 8, "max_steps": NUM_STEPS, "save_steps": 2,
+        "weight_decay": 0.1, "save_total_limit": 2, "resume_from_checkpoint": "auto", "timeout_s": 20,
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(fields))
@@ -101,18 +101,23 @@ def starts(folder: Path) -> list[int]:
     return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def kill_once(run: ForkedRun, folder: Path, draw: random.Random) -> list[int]:
-    """Kill one rank or all at a random instant of a run that has begun; the ranks killed."""
-    # the steps of a run take about three seconds on an idle machine; some instants fall into saves
-    time.sleep(draw.uniform(0.0, 1.0))
-    if draw.random() < 0.3:  # wait for the next save, and kill inside it
+def kill_once(run: ForkedRun, folder: Path, kind: str, saved: int, draw: random.Random) -> None:
+    """Kill one rank or all, some steps after step `saved` from which the run goes on, at a random instant of a step or
+    inside the next save. Does nothing to a run that ends first."""
+    target = min(saved + draw.randint(1, 6), NUM_STEPS - 1)
+    run.wait_until(lambda: steps_done(folder) >= target)
+    if kind == "save":
         run.wait_until(lambda: any((folder / "run" / "checkpoints").glob(".saving_*")), poll_s=0.0005)
-        time.sleep(draw.uniform(0.0, 0.02))
-    victims = list(range(WORLD_SIZE)) if draw.random() < 0.5 else [draw.randrange(WORLD_SIZE)]
+    time.sleep(draw.uniform(0.0, 0.02 if kind == "save" else 0.1))
+    victims = list(range(WORLD_SIZE)) if kind == "all" else [draw.randrange(WORLD_SIZE)]
     for rank in victims:
         run.signal(rank, signal.SIGKILL)
     run.wait(40)
-    return victims
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "run" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def assert_like_the_whole(folder: Path, whole: Path) -> None:
@@ -132,10 +137,11 @@ def survive(recipe: Path, whole: Path, folder: Path, kills: int, seed: int) -> l
             assert starts(folder)[-1] == saved  # nothing lost but the unsaved steps
         if len(done) == kills:
             break
-        victims = kill_once(run, folder, draw)
+        kind = ("one", "all", "save")[len(done) % 3]
+        kill_once(run, folder, kind, saved, draw)
         if any(status == -signal.SIGKILL for status in run.wait(0)):
             saved = newest(folder)
-            done.append(f"ranks {victims} killed, newest checkpoint {saved}")
+            done.append(f"{kind}: killed after step {steps_done(folder)}, newest checkpoint {saved}")
         else:
             assert_like_the_whole(folder, whole)
             shutil.rmtree(folder)
@@ -146,7 +152,7 @@ def survive(recipe: Path, whole: Path, folder: Path, kills: int, seed: int) -> l
 
 
 def test_three_kills(recipe, whole, tmp_path):
-    print(survive(recipe, whole, tmp_path / "run", kills=3, seed=0))
+    print("\n".join(survive(recipe, whole, tmp_path / "run", kills=3, seed=0)))
 
 
 @pytest.mark.slow

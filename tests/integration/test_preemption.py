@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import yaml
 
 from tests.distributed.test_training import metrics_of, weights_of
 from tests.forked import ForkedRun
+from tests.integration.launch import ROOT, launcher
 from tests.models import write_run_inputs
 
 STEP_S = 0.15  # long enough for a signal to fall into a chosen step
@@ -82,6 +86,33 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, whole, tmp_pat
     assert (weights_of(tmp_path / "run") == weights_of(whole)).all()
 
 
+def test_a_signal_to_the_whole_job_under_the_deepspeed_launcher(recipe, tmp_path):
+    """As a scheduler sends it: to every process. The launcher hands it on to ranks that have it already."""
+    command = [*launcher("deepspeed", 2), "--module", "engine", "train", "--config", str(recipe)]
+    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "5000"]
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + 150
+        while steps_in(tmp_path) < 3:
+            assert job.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGTERM)
+        job.wait(30)
+        end = time.monotonic() + 30
+        while "stopped after step" not in log.read_text():
+            assert time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert checkpoints_in(tmp_path) == [steps_in(tmp_path)]
+
+
 def test_a_second_signal_ends_a_hanging_rank_at_once(recipe, tmp_path):
     """Rank 1 is frozen, so that rank 0 hangs in a collective, where Python's own signal handlers never run."""
     from engine.signals import REPEAT_S
@@ -134,8 +165,6 @@ def test_a_stuck_rank_ends_the_others_after_the_time_out(recipe, tmp_path):
 
 def full_disk(at_step: int) -> None:
     """From `at_step` on, rank 1 cannot write files of more than 20 kB (its limit stands in for a full disk)."""
-    import os
-
     from engine.trainer import GKDTrainer
 
     original = GKDTrainer._train_step
@@ -158,7 +187,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(recipe, whole, tmp_path, reac
     assert not list((tmp_path / "run" / "checkpoints").glob(".saving_*"))
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_4"
     text = run.logs[0].read_text()
-    assert "step_8: cannot be written: rank 1: " in text and "rank 0:" not in text
+    assert "step_8: cannot be written: rank 1: " in text and "rank 0:" not in text and "MiB free)" in text
     if reaction == "warn":
         assert steps_in(tmp_path) == 12 and metrics_of(tmp_path / "run") == metrics_of(whole)
     else:
