@@ -104,7 +104,7 @@ def starts(folder: Path) -> list[int]:
 def kill_once(run: ForkedRun, folder: Path, kind: str, saved: int, draw: random.Random) -> None:
     """Kill one rank or all, some steps after step `saved` from which the run goes on, at a random instant of a step or
     inside the next save. Does nothing to a run that ends first."""
-    target = min(saved + draw.randint(1, 6), NUM_STEPS - 1)
+    target = saved + draw.randint(1, 6)
     run.wait_until(lambda: steps_done(folder) >= target)
     if kind == "save":
         run.wait_until(lambda: any((folder / "run" / "checkpoints").glob(".saving_*")), poll_s=0.0005)
