@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def bench(size: Size) -> list[Row]:
 
 
 def _rank(rank: int, size: Size, folder: str) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
