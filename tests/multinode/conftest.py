@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.multinode.network import Network, why_not
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leave_nothing_behind():
+    """A SIGTERM to pytest, such as that of `timeout`, ends it as Ctrl-C does: through the fixtures that clean up."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
