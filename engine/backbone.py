@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.batch import PackedBatch
 from engine.config import GKDConfig
@@ -66,7 +67,11 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     options = {"dtype": compute_dtype(config), "attn_implementation": config.attn_implementation}
     options["trust_remote_code"] = config.trust_remote_code
     if zero_settings is not None:
-        model = load_partitioned(name, read_model_config(name, config), zero_settings, **options)
+        model_config = read_model_config(name, config)
+        # Looking the class up imports its file. Imported inside DeepSpeed's zero.Init (0.19.8), classes would lose what
+        # decorators add to their __init__ when that context ends, as the experts of MoE models do.
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+        model = load_partitioned(name, model_config, zero_settings, **options)
         if model is not None:
             model.generation_config = read_generation_config(name, model)
             return model
@@ -93,13 +98,23 @@ def read_generation_config(name: str, model: nn.Module) -> GenerationConfig:
 
 
 def read_model_config(name: str, config: GKDConfig) -> Any:
-    """The model's configuration alone, to check vocabulary and head before any weight is read."""
+    """The model's configuration alone, to check vocabulary, head and attention before any weight is read.
+
+    Raises:
+        ValueError: where there is no such model, or the attention kernel leaves out a soft cap that the model has.
+    """
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
         ) from error
+    if model_config.model_type == "gemma2" and config.attn_implementation == "sdpa":
+        raise ValueError(
+            f"model {name!r}: Gemma 2 caps its attention logits, which attn_implementation=sdpa cannot do (NaN logits "
+            "and wrong gradients follow): use flash_attention_2 on a GPU, or eager"
+        )
+    return model_config
 
 
 def download_model(name: str) -> None:

@@ -26,6 +26,7 @@ from engine.distributed import VocabGroups, all_gather_rows
 from engine.loss import divergence as maths
 from engine.loss.divergence import DivergenceSpec
 from engine.loss.head import HeadShard
+from engine.loss.projection import accumulate_outer, matmul_fp32, project, softcap_slope
 
 ELEMENTWISE_ROWS_BYTES = 2**17  # eager: rows worked on at once, so that the temporaries stay in a core's cache
 ELEMENTWISE_BUFFERS = 8  # temporaries of that size that are alive together
@@ -227,9 +228,9 @@ class _Sweep:
         Two [M, S] buffers serve throughout: the logits, then q and u in their place, then the gradient in q's.
         """
         spec, kernels = self.spec, _kernels(self.stream.compiled)
-        student_MS = _logits(student_MH, self.student, spec.temperature)
-        teacher_MS = _logits(teacher_MH, self.teacher, spec.temperature)
-        slope_MS = _softcap_slope(student_MS, self.student, spec.temperature) if self.want_grad else None
+        student_MS = project(student_MH, self.student, spec.temperature)
+        teacher_MS = project(teacher_MH, self.teacher, spec.temperature)
+        slope_MS = softcap_slope(student_MS, self.student, spec.temperature) if self.want_grad else None
         target_M = self.stream.local_columns(target_ids_M)
         blocks = self._row_blocks(student_MS)
 
@@ -283,10 +284,10 @@ class _Sweep:
         low_precision = logit_grad_MS.to(weight_SH.dtype)
         hidden_MH = student_MH.to(weight_SH.dtype)
         if self.student.grad_SH is not None:
-            _accumulate_outer(self.student.grad_SH, low_precision, hidden_MH)
+            accumulate_outer(self.student.grad_SH, low_precision, hidden_MH)
         if self.student.grad_bias_S is not None:
             self.student.grad_bias_S += logit_grad_MS.sum(0)
-        return _matmul_fp32(low_precision, weight_SH)
+        return matmul_fp32(low_precision, weight_SH)
 
     def _row_blocks(self, logits_MS: torch.Tensor) -> list[slice]:
         num_rows, width = logits_MS.shape
@@ -302,47 +303,6 @@ def _wait(work: dist.Work, result: torch.Tensor, keep_alive: torch.Tensor) -> to
     """Wait for an asynchronous collective; `keep_alive` is the buffer that it reads."""
     work.wait()
     return result
-
-
-def _logits(hidden_MH: torch.Tensor, head: HeadShard, temperature: float = 1.0) -> torch.Tensor:
-    """fp32 logits of the shard's rows, divided by the temperature, [M, S]."""
-    logits_MS = _matmul_fp32(hidden_MH.to(head.weight_SH.dtype), head.weight_SH.t())
-    if head.bias_S is not None:
-        logits_MS += head.bias_S.clamp_min(maths.LOG_ZERO)
-    if head.scale != 1.0:
-        logits_MS *= head.scale
-    if head.softcap is not None:
-        logits_MS.div_(head.softcap).tanh_().mul_(head.softcap)
-    if temperature != 1.0:
-        logits_MS.div_(temperature)
-    if head.masked_columns.numel():
-        logits_MS.index_fill_(1, head.masked_columns, maths.LOG_ZERO)
-    return logits_MS
-
-
-def _softcap_slope(tempered_MS: torch.Tensor, head: HeadShard, temperature: float) -> torch.Tensor | None:
-    """Derivative of the soft cap at logits that are capped and tempered already; None without one."""
-    if head.softcap is None:
-        return None
-    return 1 - (tempered_MS * (temperature / head.softcap)).clamp_(-1.0, 1.0).square_()
-
-
-def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with the GEMM's fp32 accumulator as the result. Only CUDA has such a GEMM for bf16; on CPU the
-    operands are fp32 already."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _accumulate_outer(total_SH: torch.Tensor, grad_MS: torch.Tensor, hidden_MH: torch.Tensor) -> None:
-    """total += grad.T @ hidden in fp32, in row slices where the product needs a buffer of its own."""
-    if grad_MS.dtype == torch.float32:
-        total_SH.addmm_(grad_MS.t(), hidden_MH)
-        return
-    for start in range(0, total_SH.shape[0], 8192):
-        rows = slice(start, start + 8192)
-        total_SH[rows] += _matmul_fp32(grad_MS[:, rows].t(), hidden_MH)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig
 
 from engine import GKDConfig, GKDTrainer
-from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
+from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
 
 TIMING = ("perf/", "rollout/gather_s", "rollout/idle_s", "rollout/tokens_per_s")
 
@@ -172,6 +173,30 @@ def test_completions_are_kept(ranks, inputs, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "tables" / "completions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1] * 4 + [2] * 4  # rank 0's half of each batch of eight
     assert all(row["prompt"].startswith("<|im_start|>user") and row["mean_divergence"] > 0 for row in rows)
+
+
+def test_a_mixture_of_experts_student(ranks, inputs, tmp_path):
+    """Qwen3-MoE under ZeRO-3: ranks route to different experts, and the run is that of one rank."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    tokenizer = tiny_tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), **sizes, **experts, initializer_range=0.3, eos_token_id=None, bos_token_id=None
+    )
+    build(config, seed=4).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    runs = []
+    for world_size in (1, 2):
+        fields = inputs | {"model_name_or_path": str(tmp_path / "moe"), "output_dir": str(tmp_path / str(world_size))}
+        runs.append((fields, ranks(world_size).run(train, fields)))
+    assert samples_of(runs[1][1]) == samples_of(runs[0][1])
+    assert_same_run(runs[1][0], runs[0][0], tolerance=1e-5)
 
 
 def check_zero_at_the_teacher(betas: list[float]) -> list[tuple[float, float, float]]:

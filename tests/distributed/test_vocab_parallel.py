@@ -17,6 +17,7 @@ from engine.distributed import build_vocab_groups, gather_counts
 from engine.loss import vocab_parallel
 from engine.loss.divergence import DivergenceSpec, dense_divergence
 from engine.loss.head import build_teacher_head
+from engine.loss.projection import project
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 from engine.student import build_student
 from engine.teacher import build_teacher
@@ -258,8 +259,8 @@ def check_against_deepspeed(temperature: float) -> list[tuple[float, float]]:
             hidden, teacher_hidden, shard, teacher_shard, batch.target_ids_N, weights, len(weights), spec, stream
         )
         (ours,) = torch.autograd.grad(loss, hidden)
-        z = vocab_parallel._logits(hidden, shard) / temperature
-        t = vocab_parallel._logits(teacher_hidden, teacher_shard) / temperature
+        z = project(hidden, shard) / temperature
+        t = project(teacher_hidden, teacher_shard) / temperature
         z = z.detach().requires_grad_()
         kl = vocab_parallel_kl_div(z, t, reverse=reverse, tp_group=stream.groups.tokens)
         (logit_grad,) = torch.autograd.grad(kl.sum(), z)

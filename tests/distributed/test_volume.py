@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,22 +30,32 @@ def test_bytes_of_hidden_states_match_the_formula(num_ranks):
             assert row.sent_bytes < 50_000, name  # barriers alone
 
 
+def sent_per_rank(action: Callable[[], object]) -> float:
+    """Bytes per rank of an action that all ranks take, its second time: the first opens connections."""
+    for _ in range(2):
+        dist.barrier()
+        time.sleep(0.2)
+        before = loopback_bytes()
+        dist.barrier()
+        action()
+        dist.barrier()
+        time.sleep(0.2)
+        sent = (loopback_bytes() - before) / dist.get_world_size()
+        dist.barrier()
+    return sent
+
+
 def check_head_bytes(group_size: int) -> float:
     """Bytes per rank of one `open_step` and `close_step`, over those of the formula."""
     case = Case(group_size, vocab_size=8001, teacher_vocab_size=8001)
     student = build(case, hidden_size=64)[0]
     world_size = dist.get_world_size()
-    for _ in range(2):  # the first opens connections
-        dist.barrier()
-        time.sleep(0.2)
-        before = loopback_bytes()
-        dist.barrier()
+
+    def exchange() -> None:
         student.open_step(train=True)
         student.head.close_step()
-        dist.barrier()
-        time.sleep(0.2)
-        sent = (loopback_bytes() - before) / world_size
-        dist.barrier()
+
+    sent = sent_per_rank(exchange)
     student.engine.destroy()
     return sent / max(1.0, volume.head_bytes(8001, 64, world_size, group_size, weight_bytes=4))
 
@@ -79,16 +90,7 @@ def check_teacher_bytes(folder: str, changes: dict) -> tuple[float, float]:
     ids = torch.arange(400) % 101
     batch = pack([Sample([1], ids.tolist(), [False] * 390 + [True] * 10, 0)], "cpu")
     world_size = dist.get_world_size()
-    for _ in range(2):  # the first opens connections
-        dist.barrier()
-        time.sleep(0.2)
-        before = loopback_bytes()
-        dist.barrier()
-        teacher.hidden(batch)
-        dist.barrier()
-        time.sleep(0.2)
-        sent = (loopback_bytes() - before) / world_size
-        dist.barrier()
+    sent = sent_per_rank(lambda: teacher.hidden(batch))
     if config.teacher_placement == "tensor_parallel":
         return sent, volume.tensor_parallel_forward_bytes(400, 4, 128, config.teacher_tp_size, 4)
     fetched = [p for n, p in teacher.model.named_parameters() if "lm_head" not in n and not p.ds_persist]

@@ -6,21 +6,10 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from engine.distributed import VocabGroups
 from engine.loss.divergence import KINDS, DivergenceSpec, dense_divergence
 from engine.loss.head import HeadShard, RowLayout
 from engine.loss.vocab_parallel import COLUMNS, Stream, vocab_parallel_divergence
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> VocabGroups:
-    """A world of one rank."""
-    store = tmp_path_factory.mktemp("store") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield VocabGroups(0, 1, 1, dist.group.WORLD, dist.group.WORLD)
-    dist.destroy_process_group()
 
 
 def stream_over_logits(groups, student_NV, teacher_NV, spec, chunk_bytes=2**22):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.loss.divergence import DivergenceSpec, dense_divergence
-from engine.loss.vocab_parallel import _accumulate_outer, _kernels, _matmul_fp32
+from engine.loss.projection import accumulate_outer, matmul_fp32
+from engine.loss.vocab_parallel import _kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -15,11 +16,11 @@ def test_bf16_products_keep_their_fp32_accumulator():
     torch.manual_seed(0)
     a, b = (torch.randn(64, 512, device="cuda").bfloat16() for _ in range(2))
     exact = a.double() @ b.double().t()
-    ours = _matmul_fp32(a, b.t())
+    ours = matmul_fp32(a, b.t())
     assert ours.dtype == torch.float32
     assert ((ours - exact).norm() / exact.norm()).item() < 1e-5
     total = torch.zeros(512, 512, device="cuda")
-    _accumulate_outer(total, a, b)
+    accumulate_outer(total, a, b)
     exact = a.double().t() @ b.double()
     assert ((total - exact).norm() / exact.norm()).item() < 1e-5
 

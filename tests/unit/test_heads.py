@@ -28,10 +28,13 @@ from transformers import (
     Starcoder2Config,
 )
 
-from engine.backbone import HiddenStates, hidden_states
+from engine import GKDConfig
+from engine.backbone import HiddenStates, hidden_states, read_model_config
 from engine.batch import Sample, pack
+from engine.loss.divergence import DivergenceSpec, dense_divergence
 from engine.loss.head import HEAD_TRANSFORMS, HeadShard, describe_head
-from engine.loss.vocab_parallel import _logits
+from engine.loss.projection import project
+from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 from tests.models import build
 
 SIZES = {
@@ -79,26 +82,44 @@ def test_every_known_head_has_a_case():
     assert CONFIGS.keys() == HEAD_TRANSFORMS.keys()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_packed_hidden_states_and_head_give_the_models_own_logits(name):
-    model = build(CONFIGS[name]).eval()
-    assert model.config.model_type == name
-    if name == "phi":  # a bias that is not zero
-        torch.nn.init.normal_(model.lm_head.bias)
+def head_shard(model) -> HeadShard:
     head = describe_head(model)
-    none = torch.empty(0, dtype=torch.long)
     bias = None if head.bias is None else head.bias.detach()
-    shard = HeadShard(head.weight.detach(), bias, none, head.scale, head.softcap)
+    return HeadShard(head.weight.detach(), bias, torch.empty(0, dtype=torch.long), head.scale, head.softcap)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_hidden_states_and_head_give_the_models_own_logits_and_loss(name, alone):
+    student, teacher = (build(CONFIGS[name], seed).eval() for seed in (0, 1))
+    assert student.config.model_type == name
+    if name == "phi":  # a bias that is not zero
+        torch.nn.init.normal_(student.lm_head.bias)
     samples = rows()
+    batch, spec = pack(samples, "cpu"), DivergenceSpec("jsd", beta=0.3, temperature=0.8)
     with torch.no_grad():
-        ours = _logits(hidden_states(HiddenStates(model), pack(samples, "cpu")), shard)
-        theirs = torch.cat([model(torch.tensor([s.input_ids])).logits[0, 1:-1] for s in samples])
+        hidden = [hidden_states(HiddenStates(model), batch) for model in (student, teacher)]
+        shards = [head_shard(model) for model in (student, teacher)]
+        ours = project(hidden[0], shards[0])
+        own = [torch.cat([m(torch.tensor([s.input_ids])).logits[0, 1:-1] for s in samples]) for m in (student, teacher)]
+        stream, count = Stream(alone, torch.arange(97), 2**20), len(batch.target_ids_N)
+        loss, _ = vocab_parallel_divergence(
+            *hidden, *shards, batch.target_ids_N, torch.full((count,), 1 / count), count, spec, stream
+        )
     # fp32 attention over a block-diagonal mask adds in another order than over one sequence
-    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
-    assert theirs.std() > 0.05
+    torch.testing.assert_close(ours, own[0], rtol=2e-5, atol=2e-5)
+    assert own[0].std() > 0.05
+    dense = dense_divergence(own[0].double(), own[1].double(), spec).mean().item()
+    assert loss.item() == pytest.approx(dense, rel=1e-5)
 
 
 def test_unknown_head_names_the_class():
     sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 1, "n_head": 2}
     with pytest.raises(ValueError, match="BloomForCausalLM.*not known"):
         describe_head(build(BloomConfig(**sizes), attention="eager"))
+
+
+def test_gemma2_refuses_attention_without_its_soft_cap(tmp_path):
+    CONFIGS["gemma2"].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sdpa cannot do.*flash_attention_2 on a GPU, or eager"):
+        read_model_config(str(tmp_path), GKDConfig())
+    assert read_model_config(str(tmp_path), GKDConfig(attn_implementation="eager")).model_type == "gemma2"
