@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from engine import GKDConfig, GKDTrainer
 from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
@@ -197,6 +197,9 @@ def test_a_mixture_of_experts_student(ranks, inputs, tmp_path):
         runs.append((fields, ranks(world_size).run(train, fields)))
     assert samples_of(runs[1][1]) == samples_of(runs[0][1])
     assert_same_run(runs[1][0], runs[0][0], tolerance=1e-5)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "1" / "final")
+    own = torch.cat([p.detach().flatten() for _, p in sorted(exported.named_parameters())]).double()
+    assert torch.equal(own, weights_of(tmp_path / "1"))
 
 
 def check_zero_at_the_teacher(betas: list[float]) -> list[tuple[float, float, float]]:

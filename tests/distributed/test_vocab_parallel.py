@@ -21,7 +21,9 @@ from engine.loss.projection import project
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 from engine.student import build_student
 from engine.teacher import build_teacher
+from tests import models
 from tests.models import tiny_llama
+from tests.unit.test_heads import CONFIGS
 
 SPECS = [DivergenceSpec("jsd", beta=b, temperature=t) for b in (0.0, 0.1, 0.5, 0.9, 1.0) for t in (0.7, 1.0, 2.0)] + [
     DivergenceSpec("skew_forward_kl", alpha=0.1),
@@ -43,6 +45,7 @@ class Case:
     offload: bool = False
     chunk_bytes: int = 40_000  # several chunks per micro-batch
     compiled: bool = False
+    family: str | None = None  # of the student, in place of a Llama
 
 
 def samples_of(rank: int, micro: int, vocab_size: int) -> list[Sample]:
@@ -59,6 +62,11 @@ def samples_of(rank: int, micro: int, vocab_size: int) -> list[Sample]:
 
 def build(case: Case, learning_rate: float = 0.0, hidden_size: int = 16):
     student = tiny_llama(case.vocab_size, case.tied, hidden_size, seed=1)
+    if case.family is not None:
+        student = models.build(CONFIGS[case.family], seed=1)
+        if student.lm_head.bias is not None:
+            with torch.no_grad():
+                student.lm_head.bias.copy_(torch.linspace(-1.0, 1.0, case.vocab_size))
     teacher = tiny_llama(case.teacher_vocab_size, False, hidden_size=24, seed=2)
     settings = GKDConfig(bf16=False).to_dict()["deepspeed"]
     if case.offload:
@@ -143,7 +151,8 @@ def check_gradients(case: Case, specs: list[DivergenceSpec]) -> list[tuple]:
     parts = build(case)
     student, reference = parts[0], parts[4]
     named = dict(reference[0].named_parameters())
-    norms_head = "model.embed_tokens.weight" if case.tied else "lm_head.weight"
+    head = reference[0].get_output_embeddings().weight
+    norms_head = next(name for name, param in named.items() if param is head)
     rows = []
     for spec in specs:
         loss = train_step(case, parts, spec)
@@ -202,6 +211,17 @@ VARIANTS = [
 def test_variants_equal_dense(ranks, world_size, case):
     for rows in ranks(world_size).run(
         check_gradients, case, [DivergenceSpec("jsd", beta=0.3), DivergenceSpec("reverse_kl", temperature=2.0)]
+    ):
+        assert_close(rows)
+
+
+@pytest.mark.parametrize("family", ["phi", "gemma2", "gemma3_text", "granite", "cohere", "gpt2"])
+def test_heads_with_bias_scale_or_soft_cap(ranks, family):
+    """Phi has a bias, Gemma a soft cap and tied weights, Granite and Cohere a scale, GPT-2 learned positions."""
+    tied = CONFIGS[family].tie_word_embeddings
+    case = Case(2, 97, 97, tied=tied, family=family)
+    for rows in ranks(4).run(
+        check_gradients, case, [DivergenceSpec("jsd", beta=0.3), DivergenceSpec("forward_kl", temperature=0.7)]
     ):
         assert_close(rows)
 
