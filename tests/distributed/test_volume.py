@@ -73,14 +73,15 @@ def test_with_one_token_group_the_head_stays_where_it_is(ranks):
 def test_memory_is_the_gradient_shard_and_the_chunk_and_does_not_grow_with_tokens():
     """Over the inputs: fp32 head gradient + chunk budget, within 1.3; and the hidden gradient that is returned."""
     peaks = {}
-    for tokens in (256, 1024):
+    for tokens in (256, 2048):
         size = Size(16384, 256, 256, tokens=tokens, ranks=1, rounds=1, chunk_bytes=16 * 2**20, naive=False)
         row = next(row for row in bench(size) if row.name == "stream")
         returned = tokens * size.student_hidden * 4
         peaks[tokens] = row.peak_bytes - returned
         budget = size.vocab * size.student_hidden * 4 + size.chunk_bytes
         assert peaks[tokens] < 1.3 * budget, tokens
-    assert peaks[1024] < 1.05 * peaks[256] + 2**20
+    # The resident set of two like runs differs by up to 4 MiB; one model's logits of 1792 tokens would be 112 MiB.
+    assert peaks[2048] < peaks[256] + 8 * 2**20
 
 
 def check_teacher_bytes(folder: str, changes: dict) -> tuple[float, float]:
