@@ -30,7 +30,7 @@ STOP_ID = 0
 
 @dataclass(frozen=True)
 class Size:
-    """What is decoded, and by which model (a Llama of this shape with random weights; 29.4M parameters)."""
+    """What is decoded, and by which model (a Llama of this shape with random weights; 29.5M parameters)."""
 
     prompts: int = 64
     rows: int = 16

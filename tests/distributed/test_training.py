@@ -144,8 +144,13 @@ def test_on_policy_counts_generated_tokens(ranks, inputs, tmp_path):
     assert all(max(lengths) <= 64 for lengths in prompts)
 
 
-def test_seq_kd_trains_on_what_the_teacher_writes(ranks, inputs, tmp_path):
-    fields = inputs | {"output_dir": str(tmp_path / "run"), "lmbda": 0.0, "seq_kd": True, "max_steps": 2}
+@pytest.mark.parametrize("placement", ["zero3", "replicated"])
+def test_seq_kd_trains_on_what_the_teacher_writes(ranks, inputs, tmp_path, placement):
+    """From prompts alone: no answer is in the data."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(16)))
+    fields = inputs | {"dataset_name": str(prompts), "teacher_placement": placement}
+    fields |= {"output_dir": str(tmp_path / "run"), "lmbda": 0.0, "seq_kd": True, "max_steps": 2}
     fields |= {"model_name_or_path": inputs["teacher_model_name_or_path"], "learning_rate": 0.0}
     by_teacher = samples_of(ranks(2).run(train, fields))
     by_itself = samples_of(ranks(2).run(train, fields | {"lmbda": 1.0, "output_dir": str(tmp_path / "own")}))
