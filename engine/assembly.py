@@ -20,7 +20,7 @@ from engine.batch import Sample
 from engine.chat import check_same_vocabulary, stop_token_ids
 from engine.checkpoint import Checkpoints
 from engine.config import GKDConfig
-from engine.data import StepData, build_rows, eval_batches
+from engine.data import MapRows, StepData, build_rows, eval_batches
 from engine.decoder import Sampling
 from engine.distributed import build_vocab_groups
 from engine.evaluation import Evaluator
@@ -139,12 +139,16 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
     shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
     tokenizer = _tokenizer(config, inputs, shared_vocab_size)
     data, evaluator_batches, sources = None, None, {}
+    wants_evaluation = not train or config.eval_steps is not None or config.eval_on_start
+    if wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
+        raise ValueError("eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both")
     if train:
         rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank)
         data = StepData(rows, config, world_size, rank)
         sources[config.dataset_train_split] = rows.source
-    if inputs.eval_dataset is not None or (inputs.train_dataset is None and _wants_evaluation(config, train)):
+    if inputs.eval_dataset is not None or wants_evaluation:
         rows = build_rows(inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank)
+        assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
         evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
         sources[config.dataset_test_split] = rows.source
     for given, name in (
@@ -152,13 +156,10 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
         (inputs.teacher_model, config.teacher_model_name_or_path),
     ):
         if given is None:
+            assert name is not None  # `_model_config` has read it
             download_model(name)
-    num_steps = count_steps(config, data) if train else 1
+    num_steps = count_steps(config, data) if data is not None else 1
     return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, sources)
-
-
-def _wants_evaluation(config: GKDConfig, train: bool) -> bool:
-    return not train or config.eval_steps is not None or config.eval_on_start
 
 
 def _model_config(model: nn.Module | None, name: str | None, field: str, config: GKDConfig) -> Any:
@@ -183,6 +184,7 @@ def _tokenizer(config: GKDConfig, inputs: Inputs, shared_vocab_size: int) -> Any
             "model's embeddings, or use a teacher of the same family"
         )
     if inputs.teacher_model is None:
+        assert config.teacher_model_name_or_path is not None  # `_model_config` has read it
         check_same_vocabulary(tokenizer, load_tokenizer(config.teacher_model_name_or_path, config.trust_remote_code))
     return tokenizer
 

@@ -35,21 +35,21 @@ class PackedBatch:
     """One micro-batch, packed: no padding, position ids restart at each sequence.
 
     Attributes:
+        num_sequences: B.
         input_ids_T, position_ids_T: int64 [T].
         predictor_N: int64 [N], packed positions whose hidden state predicts a response token.
         target_ids_N: int64 [N], the response tokens.
         sequence_N: int64 [N], the sequence that each response token belongs to, in 0..B-1.
         offset_N: int64 [N], place of each response token among those of its sequence.
-        num_sequences: B.
     """
 
+    num_sequences: int
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
     predictor_N: torch.Tensor
     target_ids_N: torch.Tensor
     sequence_N: torch.Tensor
     offset_N: torch.Tensor
-    num_sequences: int
 
     @property
     def num_response_tokens(self) -> int:
@@ -64,7 +64,8 @@ def pack(samples: list[Sample], device: torch.device | str) -> PackedBatch:
     """
     if not samples or any(not sample.input_ids for sample in samples):
         raise ValueError("pack: needs at least one sample, each with at least one token")
-    input_ids, position_ids, predictors, targets, sequences, offsets = [], [], [], [], [], []
+    columns: list[list[int]] = [[] for _ in range(6)]  # in the order of PackedBatch
+    input_ids, position_ids, predictors, targets, sequences, offsets = columns
     for row, sample in enumerate(samples):
         start = len(input_ids)
         response = [i for i in range(1, len(sample.input_ids)) if sample.response_mask[i]]
@@ -74,5 +75,4 @@ def pack(samples: list[Sample], device: torch.device | str) -> PackedBatch:
         targets += [sample.input_ids[i] for i in response]
         sequences += [row] * len(response)
         offsets += range(len(response))
-    columns = (input_ids, position_ids, predictors, targets, sequences, offsets)
-    return PackedBatch(*(torch.tensor(c, dtype=torch.long, device=device) for c in columns), num_sequences=len(samples))
+    return PackedBatch(len(samples), *(torch.tensor(c, dtype=torch.long, device=device) for c in columns))

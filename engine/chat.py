@@ -80,10 +80,10 @@ def encode_prompt_completion(
     Plain text gets bos where the tokenizer writes one, no template, and eos after the completion. Prompt and
     completion are tokenised together; a token that joins them counts as completion.
     """
-    if completion is not None and isinstance(prompt, str) != isinstance(completion, str):
-        raise ValueError("prompt and completion must both be text or both be lists of messages")
-    if not isinstance(prompt, str):
+    if isinstance(prompt, list) and not isinstance(completion, str):
         return encode_conversation(tokenizer, prompt + (completion or []), first_response=len(prompt))
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise ValueError("prompt and completion must both be text or both be lists of messages")
     first = tokenizer(prompt, verbose=False)["input_ids"][:1]
     bare = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     bos = first if first == [tokenizer.bos_token_id] and bare[:1] != first else []

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,7 @@ def together(action: Callable[[], T]) -> T:
     problems = merge_problems([host for host, _ in outcomes], [own for _, own in outcomes])
     if problems:
         raise ValueError("; ".join(problems))
-    return result
+    return cast(T, result)
 
 
 def merge_problems(where: list[str], problems: list[list[str]]) -> list[str]:
@@ -123,7 +123,7 @@ def require_shared(folder: Path) -> None:
         return
     witness, word = folder / ".shared", str(time.time_ns())
 
-    def write() -> str | None:
+    def write() -> str:
         if dist.get_rank() == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def report_bandwidth(where: list[str], device: torch.device) -> None:
         rates = gather(measure_bandwidth(groups, payload_bytes, device))
         known = {rank: rate for rank, rate in enumerate(rates) if rate is not None}
         if known and dist.get_rank() == 0:
-            slowest = min(known, key=known.get)
+            slowest = min(known, key=lambda rank: known[rank])
             print(
                 f"{name:<14}all-reduce of {payload_bytes / 2**20:.0f} MiB at {known[slowest]:.2f} to "
                 f"{max(known.values()):.2f} GB/s per rank, slowest rank {slowest} on {where[slowest]}"

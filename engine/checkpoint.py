@@ -203,7 +203,7 @@ class Checkpoints:
             if problems:
                 raise ValueError(f"resume_from_checkpoint={wanted!r}: {'; '.join(problems)}")
         if path is not None:
-            keep_global_batch(self.config, path, read_manifest(path), dist.get_world_size())
+            keep_global_batch(self.config, path, verified_manifest(path), dist.get_world_size())
         return path
 
     def _newest_good(self) -> Path | None:
@@ -234,7 +234,7 @@ class Checkpoints:
         Raises:
             ValueError, CheckpointError: as `universal_copy`, which is used where another layout wrote it.
         """
-        manifest, layout = read_manifest(path), zero_layout(self.config, dist.get_world_size())
+        manifest, layout = verified_manifest(path), zero_layout(self.config, dist.get_world_size())
         if manifest["layout"] == layout:
             client_state = zero.load_checkpoint(engine, path)
         else:
@@ -247,6 +247,13 @@ class Checkpoints:
     def load_rollouts(self, path: Path) -> list[list[Sample]] | None:
         """This rank's rollouts, where the checkpoint fell between two steps that share them."""
         return rollouts_of_rank(path, self.config, dist.get_rank(), dist.get_world_size())
+
+
+def verified_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that `verify` has found whole."""
+    manifest = read_manifest(path)
+    assert manifest is not None, path
+    return manifest
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:

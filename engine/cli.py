@@ -67,11 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def default_of(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
 def describe_fields() -> str:
     lines = ["fields (each one a flag, --field value):"]
     for item in dataclasses.fields(GKDConfig):
-        default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-        lines.append(f"  --{item.name} (default: {default})\n      {item.metadata['help']}")
+        lines.append(f"  --{item.name} (default: {default_of(item)})\n      {item.metadata['help']}")
     return "\n".join(lines)
 
 
@@ -79,8 +82,7 @@ def field_table() -> str:
     """README's table of the fields, in Markdown; `python -m engine fields` prints it."""
     lines = ["| field | default | |", "| --- | --- | --- |"]
     for item in dataclasses.fields(GKDConfig):
-        default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-        lines.append(f"| `{item.name}` | `{default}` | {item.metadata['help']} |")
+        lines.append(f"| `{item.name}` | `{default_of(item)}` | {item.metadata['help']} |")
     return "\n".join(lines)
 
 
@@ -172,6 +174,7 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from engine.assembly import Inputs, assemble
 
     run = assemble(config, Inputs(), train=False)
+    assert run.evaluator is not None
     metrics = run.evaluator.run().metrics
     if run.rank == 0:
         print(json.dumps(metrics))

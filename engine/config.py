@@ -219,9 +219,9 @@ class GKDConfig:
         require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
         for name in ("learning_rate", "weight_decay", "warmup_steps"):
             require(getattr(self, name) >= 0, name, "0 or more")
-        positive = ("max_length", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
-        positive += ("teacher_tp_size", "num_generations", "generation_rows", "rollout_reuse", "max_bad_steps")
-        for name in (*positive, "gradient_accumulation_steps", "logging_steps", "timeout_s", "prepare_timeout_s"):
+        for name in ("max_length", "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
+                     "teacher_tp_size", "num_generations", "generation_rows", "rollout_reuse", "max_bad_steps",
+                     "gradient_accumulation_steps", "logging_steps", "timeout_s", "prepare_timeout_s"):  # fmt: skip
             require(getattr(self, name) > 0, name, "positive")
         for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "save_minutes", "max_minutes",
                      "loss_chunk_bytes", "max_samples", "eval_max_samples", "log_completions_steps"):  # fmt: skip

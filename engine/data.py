@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count as count_up
 from itertools import islice
 from typing import Any
@@ -283,7 +283,7 @@ class StepData:
     @property
     def num_rows(self) -> int:
         """Rows of an epoch, dropped ones not counted; ValueError for a stream."""
-        if self._order is None:
+        if isinstance(self._rows, StreamRows):
             raise ValueError("a stream has no length: set max_steps")
         return len(self._rows)
 
@@ -293,17 +293,21 @@ class StepData:
 
     def step_batches(self, step: int) -> list[list[Sample]]:
         """This rank's micro-batches of optimizer step `step` (from 0): accumulation lists of B samples."""
-        first = step * self.global_batch
-        stream = self._rows.read(first, self.global_batch, self._seed, self._shuffle) if self._order is None else None
+        sample = self._reader(step * self.global_batch)
         batches = []
         for micro in range(self._accumulation):
             start = (micro * self._world_size + self._rank) * self._batch
-            places = range(start, start + self._batch)
-            if stream is None:
-                batches.append([self._rows.sample(self._order.row(first + i), index=i) for i in places])
-            else:
-                batches.append([self._rows.sample(stream[i], index=i) for i in places])
+            batches.append([sample(i) for i in range(start, start + self._batch)])
         return batches
+
+    def _reader(self, first: int) -> Callable[[int], Sample]:
+        """Gives the sample at place i of the global batch that starts at position `first` of the data."""
+        rows, order = self._rows, self._order
+        if isinstance(rows, StreamRows):
+            stream = rows.read(first, self.global_batch, self._seed, self._shuffle)
+            return lambda i: rows.sample(stream[i], index=i)
+        assert order is not None  # only a stream has none
+        return lambda i: rows.sample(order.row(first + i), index=i)
 
 
 def eval_batches(rows: MapRows, rank: int, world_size: int, batch_size: int) -> list[list[Sample]]:

@@ -142,7 +142,7 @@ class Decoder:
         self._warpers = self.sampling.warpers()
         results, waiting = self._admit(requests)
         self._live: list[_Row] = []
-        self._cache: DynamicCache | None = None
+        self._cache = DynamicCache()
         self._mask_RL = torch.zeros(0, 0, dtype=torch.bool, device=self._device)
         while waiting or self._live:
             free = self.max_rows - len(self._live)
@@ -275,7 +275,7 @@ class Decoder:
             return
         self._live = [self._live[i] for i in keep]
         if not keep:
-            self._cache, self._mask_RL = None, self._mask_RL[:0, :0]
+            self._cache, self._mask_RL = DynamicCache(), self._mask_RL[:0, :0]
             return
         kept = torch.tensor(keep, device=self._device)
         self._mask_RL = self._mask_RL[kept]

@@ -45,19 +45,21 @@ def build_vocab_groups(group_size: int | str, ranks_per_node: int) -> VocabGroup
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if group_size == "auto":
-        group_size = ranks_per_node if world_size % ranks_per_node == 0 else world_size
-    if group_size > world_size or world_size % group_size:
-        raise ValueError(f"vocab_parallel_size={group_size} must divide the number of ranks, {world_size}")
+        size = ranks_per_node if world_size % ranks_per_node == 0 else world_size
+    else:
+        size = int(group_size)
+    if size > world_size or world_size % size:
+        raise ValueError(f"vocab_parallel_size={size} must divide the number of ranks, {world_size}")
     tokens = replicas = None
-    for start in range(0, world_size, group_size):
-        ranks = list(range(start, start + group_size))
+    for start in range(0, world_size, size):
+        ranks = list(range(start, start + size))
         group = dist.new_group(ranks)
         tokens = group if rank in ranks else tokens
-    for place in range(group_size):
-        ranks = list(range(place, world_size, group_size))
+    for place in range(size):
+        ranks = list(range(place, world_size, size))
         group = dist.new_group(ranks)
         replicas = group if rank in ranks else replicas
-    return VocabGroups(rank, world_size, group_size, tokens, replicas)
+    return VocabGroups(rank, world_size, size, tokens, replicas)
 
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -81,7 +81,7 @@ def universal_copy(path: Path, manifest: dict[str, Any], layout: dict[str, Any],
         )
     digest = hashlib.blake2b((path / MANIFEST).read_bytes(), digest_size=8).hexdigest()
     converted = folder / f".universal_{path.name}_{digest}"
-    problem = [None]
+    problem: list[str | None] = [None]
     if dist.get_rank() == 0 and not converted.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         problem = [disk_problem(path, manifest, folder)]
@@ -127,10 +127,10 @@ def convert_together(path: Path, converted: Path) -> None:
         dist.broadcast_object_list(status)
         if status[0] is None:
             time.sleep(POLL_S)
-    if process is not None:
+    if log is not None:
         log.close()
-        if status[0] == 0:
-            os.replace(working, converted)
+    if process is not None and status[0] == 0:
+        os.replace(working, converted)
     dist.barrier()
     if status[0] != 0:
         raise CheckpointError(f"{path} could not be converted to DeepSpeed's universal format: {working}/convert.log")

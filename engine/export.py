@@ -98,7 +98,7 @@ def _name_shards(out: Path, shards: list[list[str]], total_bytes: int) -> None:
     if len(shards) == 1:
         (out / "model-00001.safetensors").rename(out / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (out / f"model-{number:05d}.safetensors").rename(out / file)

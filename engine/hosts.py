@@ -48,9 +48,9 @@ def meet(backend: str, timeout_s: int) -> dist.Store:
         ConnectionError: where ranks stay away for `timeout_s`, a host has no interface of the name it is to use, or
             hosts cannot reach each other by their interfaces.
     """
-    absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if absent:
-        raise ValueError(f"RANK is set and {', '.join(absent)} not: set all of them, or none to run alone")
+    unset = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if unset:
+        raise ValueError(f"RANK is set and {', '.join(unset)} not: set all of them, or none to run alone")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class Writer(Protocol):
 
     model: nn.Module
 
-    def gathered(self) -> Iterator[nn.Module]: ...
+    def gathered(self) -> AbstractContextManager[nn.Module]: ...
 
 
 @dataclass(frozen=True)

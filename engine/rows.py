@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
@@ -40,7 +40,7 @@ class Row:
     place: str
     messages: list[dict[str, Any]] | None = None
     first_response: int = 0
-    prompt: str | None = None
+    prompt: str = ""
     completion: str | None = None
 
     @property
@@ -97,7 +97,7 @@ class JsonLines:
         return row
 
 
-Source = Dataset | IterableDataset | JsonLines | list
+Source: TypeAlias = Dataset | IterableDataset | JsonLines | list
 
 
 def load_rows(config: GKDConfig, split: str) -> Source:
@@ -193,7 +193,7 @@ def fingerprint(source: Source) -> str:
                 digest.update(block)
         return digest.hexdigest()
     if isinstance(source, IterableDataset):
-        rows = list(islice(source, FINGERPRINT_STREAM_ROWS))
+        rows: Iterable[Any] = islice(source, FINGERPRINT_STREAM_ROWS)
     else:
         digest.update(str(len(source)).encode())
         rows = (source[i] for i in range(0, len(source), max(1, len(source) // FINGERPRINT_ROWS)))

@@ -79,7 +79,7 @@ def resolve_deepspeed(config: GKDConfig, world_size: int, hidden_size: int | Non
         raise ValueError("deepspeed: `fp16.enabled` is not supported; use the field `bf16`, or fp32 with --bf16 false")
     accumulation = config.accumulation_steps(world_size)
     batch = config.per_device_train_batch_size * accumulation * world_size
-    ours = {
+    ours: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch, "per_device_train_batch_size x gradient_accumulation_steps x ranks"),
         "train_micro_batch_size_per_gpu": (config.per_device_train_batch_size, "per_device_train_batch_size"),
         "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),

@@ -85,11 +85,13 @@ def load_partitioned(name: str, config: Any, settings: dict[str, Any], **options
     with no_init_weights(), prevent_arange_dtype_change(), zero.partitioned_construction(settings):
         model = AutoModelForCausalLM.from_config(config, **options)
     model.tie_weights()
-    names = {param_name: files.find(param_name, model.base_model_prefix) for param_name, _ in model.named_parameters()}
-    missing = [param_name for param_name, found in names.items() if found is None]
-    if missing:
-        logger.info("%s: %s is not in the files by that name; transformers' own loader takes over", name, missing[0])
-        return None
+    names: dict[str, str] = {}
+    for param_name, _ in model.named_parameters():
+        found = files.find(param_name, model.base_model_prefix)
+        if found is None:
+            logger.info("%s: its files have no %s; transformers' own loader takes over", name, param_name)
+            return None
+        names[param_name] = found
     for param_name, param in model.named_parameters():
         start, stop = zero.piece_span(param)
         piece = files.read_elements(names[param_name], param.ds_shape, start, stop)

@@ -82,6 +82,7 @@ def build_student(
     """
     settings = resolve_deepspeed(config, groups.world_size)
     if model is None:
+        assert config.model_name_or_path is not None  # `assemble` has read its configuration
         model = load_causal_lm(config.model_name_or_path, config, settings)
     settings = resolve_deepspeed(config, groups.world_size, model.config.get_text_config().hidden_size)
     model.to(compute_dtype(config))

@@ -119,7 +119,7 @@ def tokenizer_from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     proto = read_sentencepiece(file)
     spec, normalizer_spec = proto.trainer_spec, proto.normalizer_spec
     backend = Tokenizer(build_bpe(proto) if spec.model_type == BPE else build_unigram(proto, file))
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if normalizer_spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(normalizer_spec.precompiled_charsmap))
     if normalizer_spec.remove_extra_whitespaces:

@@ -203,7 +203,8 @@ class WandbBackend:
         self.run.define_metric("train/tokens_total", step_metric="step")
         self.run.define_metric("*", step_metric="step")
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Any) -> Any:
+        """`mode` may be whatever WANDB_MODE says; wandb checks it."""
         import wandb
 
         config = self.config

@@ -155,6 +155,7 @@ class GKDTrainer:
         once per k steps, which share the samples where it falls on-policy.
         """
         run, config, state = self.run, self.config, self.state
+        assert run.data is not None
         block, age = divmod(state.step, config.rollout_reuse)
         on_policy = shared_uniform(config.seed, "on_policy", block) < config.lmbda
         metrics = {"train/on_policy": float(on_policy)}
@@ -182,6 +183,7 @@ class GKDTrainer:
         self.tracker.table("completions", self.state.step, ["prompt", "sample", "mean_divergence"], rows)
 
     def _evaluate(self) -> dict[str, float]:
+        assert self.run.evaluator is not None
         with self.tracker.time("evaluation"):
             self.evaluations.append(self.run.evaluator.run())
         return self.evaluations[-1].metrics

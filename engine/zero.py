@@ -224,7 +224,7 @@ def consecutive_runs(ids: torch.Tensor, num_rows: int) -> list[tuple[int, int, i
             runs[-1][2] += 1
         else:
             runs.append([place, row, 1])
-    return [tuple(run) for run in runs]
+    return [(place, first, count) for place, first, count in runs]
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs lint and all tests of a machine without a GPU. Arguments go to pytest.
+# Sets up .venv and runs lint, type check and all tests of a machine without a GPU. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -15,4 +15,5 @@ trap 'rm -rf "$TORCH_EXTENSIONS_DIR"' EXIT
 
 ruff check .
 ruff format --check .
+mypy
 python -m pytest -m "not slow and not gpu" "$@"

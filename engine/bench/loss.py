@@ -123,7 +123,8 @@ def _rank(rank: int, size: Size, folder: str) -> None:
 def _row(name: str, runs: list[Measured], floor: float, formula: float, size: Size) -> Row:
     seconds = statistics.median(m.seconds for m in runs)
     ratio = statistics.median(m.seconds for m in runs) / floor
-    sent = None if runs[0].sent_bytes is None else statistics.median(m.sent_bytes for m in runs) / size.ranks
+    counts = [m.sent_bytes for m in runs if m.sent_bytes is not None]  # none on an accelerator
+    sent = statistics.median(counts) / size.ranks if counts else None
     return Row(name, seconds, ratio, int(statistics.median(m.peak_bytes for m in runs)), sent, formula)
 
 

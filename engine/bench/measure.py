@@ -33,7 +33,7 @@ def measure(function: Callable[[], object]) -> Measured:
     on_cpu = accelerator.device_name() == "cpu"
     gc.collect()
     _barrier()
-    sent_before = loopback_bytes() if on_cpu else None
+    sent_before = loopback_bytes() if on_cpu else 0
     _barrier()
     before = _reset_peak(on_cpu)
     accelerator.synchronize()

@@ -161,11 +161,11 @@ class _Sweep:
         hidden_grad = torch.zeros_like(student_hidden)
         values_N6 = student_hidden.new_zeros(num_tokens, len(COLUMNS), dtype=torch.float32)
         inputs = (student_hidden, teacher_hidden)
-        coming = self._fetch(inputs, spans[0]) if spans else None
+        coming = self._fetch(inputs, spans[0]) if spans else []
         returning: Callable[[], None] | None = None
         for index, (start, stop) in enumerate(spans):
             student_MH, teacher_MH = (take() for take in coming)
-            coming = self._fetch(inputs, spans[index + 1]) if index + 1 < len(spans) else None
+            coming = self._fetch(inputs, spans[index + 1]) if index + 1 < len(spans) else []
             values_M6, partial_grad_MH = self._chunk(
                 student_MH, teacher_MH, weights[:, start:stop].flatten(), targets[:, start:stop].flatten()
             )
@@ -193,7 +193,7 @@ class _Sweep:
     def _fetch(self, inputs, span) -> list[Callable[[], torch.Tensor]]:
         """Start gathering a chunk's hidden states; each returned function waits for one of them."""
         start, stop = span
-        takes = []
+        takes: list[Callable[[], torch.Tensor]] = []
         for hidden in inputs:
             block = hidden[start:stop]
             if self.group_size == 1:

@@ -29,6 +29,7 @@ def build_teacher(config: GKDConfig, model: nn.Module | None, device: torch.devi
     """
     settings = teacher_settings(config) if config.teacher_placement == "zero3" else None
     if model is None:
+        assert config.teacher_model_name_or_path is not None  # `assemble` has read its configuration
         model = load_causal_lm(config.teacher_model_name_or_path, config, settings)
     model.eval().requires_grad_(False)
     model.to(compute_dtype(config))
@@ -38,6 +39,7 @@ def build_teacher(config: GKDConfig, model: nn.Module | None, device: torch.devi
         return AlternatingTeacher(model, device)
     if config.teacher_placement == "replicated":
         return Teacher(model.to(device), HiddenStates(model))
+    assert settings is not None  # `zero3`
     zero.moe_leaf_modules(model)
     fill_bucket_sizes(settings, model.config.get_text_config().hidden_size)
     runner, *_ = deepspeed.initialize(model=HiddenStates(model), config=settings)

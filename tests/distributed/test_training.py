@@ -207,6 +207,20 @@ def test_a_mixture_of_experts_student(ranks, inputs, tmp_path):
     assert torch.equal(own, weights_of(tmp_path / "1"))
 
 
+def refuse_evaluation_without_rows(folder: str) -> str:
+    models, tokenizer = [tiny_llama(len(tiny_tokenizer())) for _ in range(2)], tiny_tokenizer()
+    config = GKDConfig(eval_steps=2, output_dir=folder, max_length=64, max_new_tokens=8, report_to="none")
+    data = [{"prompt": "abc", "completion": "de"}]
+    with pytest.raises(ValueError) as caught:
+        GKDTrainer(models[0], models[1], config, train_dataset=data, processing_class=tokenizer)
+    return str(caught.value)
+
+
+def test_evaluation_without_rows_is_an_error(ranks, tmp_path):
+    """`train_dataset=` alone leaves nothing to evaluate on."""
+    assert "eval_steps or eval_on_start is set" in ranks(1).run(refuse_evaluation_without_rows, str(tmp_path))[0]
+
+
 def check_zero_at_the_teacher(betas: list[float]) -> list[tuple[float, float, float]]:
     """Loss and gradient norm of a student that is its teacher."""
     rows = []
