@@ -30,6 +30,7 @@ from engine.performance import Meter
 from engine.rollout import Rollout
 from engine.rows import Source
 from engine.settings import resolve_deepspeed, teacher_settings
+from engine.startup import init_distributed
 from engine.student import Student, build_student
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
 from engine.tokenizer import load_tokenizer, prepare_tokenizer
@@ -75,7 +76,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     Raises:
         ValueError: for input that cannot work; see README, "Bad input".
     """
-    device = zero.init_distributed(config.timeout_s)
+    device = init_distributed(config.timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check.same_setup(config, writes=train)
     resolve_deepspeed(config, world_size)  # so that a contradiction in it is named first
@@ -87,7 +88,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size))
     check.same_data(read.sources)
 
-    groups = build_vocab_groups(config.vocab_parallel_size, zero.ranks_per_node())
+    groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
     student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
     teacher = build_teacher(config, inputs.teacher_model, device)
     if isinstance(teacher, AlternatingTeacher):

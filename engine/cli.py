@@ -186,10 +186,10 @@ def check(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = read_config(options.config, overrides)
     import torch.distributed as dist
 
-    from engine import zero
     from engine.check import check_cluster
+    from engine.startup import init_distributed
 
-    problems = check_cluster(config, zero.init_distributed(config.timeout_s))
+    problems = check_cluster(config, init_distributed(config.timeout_s))
     if dist.get_rank() == 0:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)

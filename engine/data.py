@@ -10,6 +10,7 @@ are cut to fit; a conversation loses its last turns first, and its prompt is nev
 
 from __future__ import annotations
 
+import functools
 import logging
 from array import array
 from collections.abc import Callable, Iterator
@@ -182,6 +183,7 @@ class MapRows(Rows):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kept = array("q", (index for index, _ in self._usable(report=True)))
+        self._order = functools.lru_cache(maxsize=1)(functools.partial(DataOrder, len(self._kept)))
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -195,6 +197,11 @@ class MapRows(Rows):
         number = self._kept[i]
         row = parse_row(self._source[number], place_of(self._source, self._name, number))
         return self._encode(row, index)
+
+    def sampler(self, first: int, count: int, seed: int, shuffle: bool) -> Callable[[int], Sample]:
+        """Gives the sample at position `first + i` of the run, with `index` i, for i < count; read when asked for."""
+        order = self._order(seed, shuffle)
+        return lambda i: self.sample(order.row(first + i), index=i)
 
 
 class StreamRows(Rows):
@@ -222,8 +229,10 @@ class StreamRows(Rows):
         self._position = first + count
         return rows
 
-    def sample(self, row: Row, index: int) -> Sample:
-        return self._encode(row, index)
+    def sampler(self, first: int, count: int, seed: int, shuffle: bool) -> Callable[[int], Sample]:
+        """As `MapRows.sampler`; the rows are read, and not yet tokenised."""
+        rows = self.read(first, count, seed, shuffle)
+        return lambda i: self._encode(rows[i], index=i)
 
     def _endless(self, seed: int, shuffle: bool) -> Iterator[Row]:
         for epoch in count_up():
@@ -273,7 +282,6 @@ class StepData:
         self._rows, self._seed, self._shuffle = rows, config.seed, shuffle
         self._batch, self._world_size, self._rank = config.per_device_train_batch_size, world_size, rank
         self._accumulation = config.accumulation_steps(world_size)
-        self._order = DataOrder(len(rows), config.seed, shuffle) if isinstance(rows, MapRows) else None
 
     @property
     def global_batch(self) -> int:
@@ -293,21 +301,12 @@ class StepData:
 
     def step_batches(self, step: int) -> list[list[Sample]]:
         """This rank's micro-batches of optimizer step `step` (from 0): accumulation lists of B samples."""
-        sample = self._reader(step * self.global_batch)
+        sample = self._rows.sampler(step * self.global_batch, self.global_batch, self._seed, self._shuffle)
         batches = []
         for micro in range(self._accumulation):
             start = (micro * self._world_size + self._rank) * self._batch
             batches.append([sample(i) for i in range(start, start + self._batch)])
         return batches
-
-    def _reader(self, first: int) -> Callable[[int], Sample]:
-        """Gives the sample at place i of the global batch that starts at position `first` of the data."""
-        rows, order = self._rows, self._order
-        if isinstance(rows, StreamRows):
-            stream = rows.read(first, self.global_batch, self._seed, self._shuffle)
-            return lambda i: rows.sample(stream[i], index=i)
-        assert order is not None  # only a stream has none
-        return lambda i: rows.sample(order.row(first + i), index=i)
 
 
 def eval_batches(rows: MapRows, rank: int, world_size: int, batch_size: int) -> list[list[Sample]]:

@@ -40,6 +40,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def ranks_per_node() -> int:
+    """Ranks of this node as the launcher says, else 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def meet(backend: str, timeout_s: int) -> dist.Store:
     """The store of this run, once every rank has come to it. Every rank that the launcher started must call.
 

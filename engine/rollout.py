@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from engine import zero
+from engine import hosts, zero
 from engine.batch import Sample
 from engine.config import GKDConfig
 from engine.decoder import Decoder, Request, Sampling
@@ -184,5 +184,5 @@ def cache_bytes(model: nn.Module, config: GKDConfig) -> int:
 def free_memory_bytes() -> float:
     """Memory that this rank may still take: the accelerator's, or its share of the host's."""
     if get_accelerator().device_name() == "cpu":
-        return psutil.virtual_memory().available / zero.ranks_per_node()
+        return psutil.virtual_memory().available / hosts.ranks_per_node()
     return get_accelerator().available_memory()

@@ -1,13 +1,11 @@
 """The only room that touches DeepSpeed's internals. Written against deepspeed 0.19.8.
 
-It holds what the rest of the engine needs of ZeRO-3: start-up, a parameter's local piece, its gradient partition,
+It holds what the rest of the engine needs of ZeRO-3: a parameter's local piece, its gradient partition,
 rows of a partitioned matrix, and the parameters gathered for generation. It knows nothing of losses or models.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,61 +24,19 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 from torch.distributed import distributed_c10d
 
-from engine import hosts
 from engine.errors import CheckpointError
 
 
-def init_distributed(timeout_s: int) -> torch.device:
-    """Join the process group and return this rank's device. Plain `python` becomes a world of one.
+def skip_shared_memory_build() -> None:
+    """Keep deepspeed 0.19.8 from compiling its shared-memory all-reduce when a CPU backend starts: minutes at first,
+    and a killed build leaves a lock on which every later run waits. Gloo does the same job."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    `deepspeed`, `torchrun` and Slurm's or MPI's wrappers set the variables; without them DeepSpeed would go looking
-    for MPI.
-    """
-    if "RANK" not in os.environ:
-        started = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-        if started > 1:
-            raise ValueError(
-                f"srun or mpirun started {started} processes and none knows its rank: put launch/rank.sh before "
-                "`python -m engine`, as launch/slurm.sbatch and launch/mpi.sh do"
-            )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
-    # On CPU, deepspeed 0.19.8 compiles its shared-memory all-reduce when the backend starts: minutes at first, and a
-    # killed build leaves a lock on which every later run waits. Gloo does the same job.
-    if get_accelerator().device_name() == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores with each other's threads crawl
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_per_node()))
-    # DeepSpeed makes further groups with torch's default time-out (30 min for gloo), on which a rank would wait for a
-    # stuck one after the world's own time-out has passed.
+
+def set_default_timeout(timeout_s: int) -> None:
+    """Give the groups that DeepSpeed will make the run's timeout. With torch's default (30 min on gloo) a rank would
+    wait in them for a stuck one after the world's own has passed."""
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
-    local_rank = hosts.local_rank()
-    get_accelerator().set_device(local_rank)
-    if not dist.is_initialized():
-        backend = get_accelerator().communication_backend_name()
-        join_world(backend if backend != "ccl" else "gloo", timeout_s)
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timedelta(seconds=timeout_s), verbose=False)
-    hosts.introduce()
-    return torch.device(
-        get_accelerator().device_name(local_rank) if get_accelerator().device_name() != "cpu" else "cpu"
-    )
-
-
-def join_world(backend: str, timeout_s: int) -> None:
-    """Start torch's process group over the store at which all ranks have met. All ranks must call.
-
-    Raises:
-        ConnectionError: where ranks stay away or cannot connect; the text names ranks and hosts.
-    """
-    store = hosts.meet(backend, timeout_s)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-    )
 
 
 def bound_waits(timeout_s: int) -> None:
@@ -88,11 +44,6 @@ def bound_waits(timeout_s: int) -> None:
     30 minutes on gloo. Call once all parts are built."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-
-
-def ranks_per_node() -> int:
-    """Ranks of this node as the launcher says, else 1."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def is_partitioned(param: torch.Tensor) -> bool:

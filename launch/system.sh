@@ -5,7 +5,7 @@
 # apt. Elsewhere those tests skip and say what is missing. No service is started.
 
 install_system_packages() {
-    local packages=(iproute2 openssh-client openssh-server pdsh slurm-wlm munge openmpi-bin shellcheck)
+    local packages=(iproute2 openssh-client openssh-server pdsh slurm-wlm munge openmpi-bin)
     local package missing=() policy=/usr/sbin/policy-rc.d made_policy=
     for package in "${packages[@]}"; do
         dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")

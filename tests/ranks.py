@@ -16,6 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
 import torch.multiprocessing as multiprocessing
 
 
@@ -29,13 +30,13 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from engine import zero
+    from engine.startup import init_distributed
 
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
     )
-    zero.init_distributed(timeout_s=120)
+    init_distributed(timeout_s=120)
     while True:
         task = pipe.recv()
         if task is None:
@@ -44,7 +45,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         faulthandler.dump_traceback_later(deadline_s, file=log)
         try:
             answer = ("ok", function(*args))
-        except Exception:  # every failure of a check goes back to the test that asked
+        except (Exception, pytest.fail.Exception):  # every failure of a check goes back to the test that asked
             answer = ("failed", traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
         pipe.send(answer)

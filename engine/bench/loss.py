@@ -122,10 +122,9 @@ def _rank(rank: int, size: Size, folder: str) -> None:
 
 def _row(name: str, runs: list[Measured], floor: float, formula: float, size: Size) -> Row:
     seconds = statistics.median(m.seconds for m in runs)
-    ratio = statistics.median(m.seconds for m in runs) / floor
     counts = [m.sent_bytes for m in runs if m.sent_bytes is not None]  # none on an accelerator
     sent = statistics.median(counts) / size.ranks if counts else None
-    return Row(name, seconds, ratio, int(statistics.median(m.peak_bytes for m in runs)), sent, formula)
+    return Row(name, seconds, seconds / floor, int(statistics.median(m.peak_bytes for m in runs)), sent, formula)
 
 
 Contender = tuple[Callable[[], object], float]

@@ -1,4 +1,4 @@
-"""Fixtures of the tests on several hosts; what this machine lacks skips them, with the reason."""
+"""Fixtures of the tests on several hosts. A machine that cannot have them skips all, and says what it lacks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import signal
 import pytest
 
 from tests.multinode.network import Network, why_not
+
+
+@pytest.fixture(scope="session", autouse=True)
+def possible():
+    """Hosts need root and Debian packages; launch/test.sh installs these where it can."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no hosts to test on: {reason}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,9 +28,6 @@ def leave_nothing_behind():
 @pytest.fixture(scope="session")
 def network(tmp_path_factory):
     """Two hosts, n1 and n2, with two slots each."""
-    reason = why_not()
-    if reason:
-        pytest.skip(f"no hosts to test on: {reason}")
     hosts = Network(tmp_path_factory.mktemp("network"))
     yield hosts
     hosts.close()

@@ -19,17 +19,20 @@ ROOT = Path(__file__).parents[2]
 HOSTS = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 INTERFACE = "lan0"
 SYSTEM_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
-NEEDED = {"ip": "iproute2", "unshare": "util-linux", "sshd": "openssh-server", "pdsh": "pdsh"}
+NEEDED = {
+    "ip": "iproute2", "unshare": "util-linux", "sshd": "openssh-server", "pdsh": "pdsh", "mpirun": "openmpi-bin",
+    "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge",
+}  # fmt: skip
 
 
 def why_not() -> str | None:
     """Why this machine cannot have such hosts; None where it can."""
-    return missing_packages(NEEDED) or no_namespaces()
+    return missing_packages() or no_namespaces()
 
 
-def missing_packages(needed: dict[str, str]) -> str | None:
+def missing_packages() -> str | None:
     """Which Debian packages are not there, by the programs wanted of them."""
-    missing = {package for program, package in needed.items() if shutil.which(program, path=SYSTEM_PATH) is None}
+    missing = {package for program, package in NEEDED.items() if shutil.which(program, path=SYSTEM_PATH) is None}
     return f"not installed: {', '.join(sorted(missing))}" if missing else None
 
 

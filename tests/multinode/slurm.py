@@ -11,16 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from tests.multinode.network import ROOT, SYSTEM_PATH, kill_all, missing_packages, no_namespaces, pids_in, sh
+from tests.multinode.network import ROOT, SYSTEM_PATH, kill_all, pids_in, sh
 
-NEEDED = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "ip": "iproute2"}
 ADDRESS = "10.79.0.1"
 ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-
-
-def why_not() -> str | None:
-    """Why this machine cannot have a Slurm; None where it can."""
-    return missing_packages(NEEDED) or no_namespaces()
 
 
 class Slurm:

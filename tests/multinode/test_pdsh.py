@@ -141,8 +141,6 @@ def test_check_measures_links_under_ssh_and_a_selection(network, recipe):
 
 @pytest.mark.slow
 def test_mpi_starts_the_same_ranks(network, recipe):
-    if shutil.which("mpirun") is None:
-        pytest.skip("not installed: openmpi-bin")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     status, output = network.run("n1", words("mpi", "check", recipe), MPI_ARGS="--oversubscribe", **root)
     assert status == 0, output[-3000:]

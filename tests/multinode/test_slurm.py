@@ -10,16 +10,13 @@ import pytest
 import yaml
 
 from tests.models import write_run_inputs
-from tests.multinode.slurm import Slurm, why_not
+from tests.multinode.slurm import Slurm
 
 NUM_STEPS, SAVE_STEPS = 40, 10
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    reason = why_not()
-    if reason:
-        pytest.skip(f"no Slurm to test on: {reason}")
     cluster = Slurm(tmp_path_factory.mktemp("slurm"))
     yield cluster
     cluster.close()
