@@ -96,7 +96,6 @@ def build(kind: str, value: Any, path: str) -> Any:
 
 
 def test_the_kubernetes_job_fits_the_operators_schema():
-    pytest.importorskip("kubeflow.training", reason="not installed: kubeflow-training")
     job = yaml.safe_load((LAUNCH / "k8s.yaml").read_text())
     built = build("KubeflowOrgV1PyTorchJob", job, "job")
     assert (built.api_version, built.kind) == ("kubeflow.org/v1", "PyTorchJob")

@@ -249,7 +249,8 @@ def test_failing_tracker_is_switched_off_once(tmp_path, caplog):
 
 
 def test_tensorboard_events_read_back(tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as reader
+
     tracker = build_tracker(tmp_path, report_to="tensorboard")
     tracker.begin(0, total_steps=3)
     for step in (1, 2, 3):
