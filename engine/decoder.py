@@ -5,9 +5,7 @@ cache layers and the logits processors are transformers'. Every sample draws its
 its tokens do not depend on which rows, ranks or batches it shares the decoder with (exactly so up to rounding of the
 logits; in fp32 the tokens agree).
 
-All live rows end at the same column of the cache; shorter ones are masked on the left. Written against the dynamic
-cache layers of transformers 5.23, whose `keys`, `values` and `cumulative_length` are edited in `_pad_left` and
-`_trim_left` alone.
+All live rows end at the same column of the cache; shorter ones are masked on the left.
 
 Shapes: R live rows, L cache columns, V vocabulary.
 """
@@ -20,7 +18,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import (
     LogitsProcessor,
     MinPLogitsWarper,
@@ -29,6 +26,8 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from engine.kv_cache import build_cache, pad_left, trim_left
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Decoder:
         prompts = [rows[0].prompt_ids for rows in batch]
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self._device)
         mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=self._device)
-        cache = DynamicCache(config=self.model.config)
+        cache = build_cache(self.model.config)
         logits = self._forward(ids, mask, cache)
         self.stats.prefills += 1
         self.stats.prefill_tokens += ids.numel()
@@ -256,7 +255,7 @@ class Decoder:
             return
         width = max(mask.shape[1], self._mask_RL.shape[1])
         for one in (cache, self._cache):
-            _pad_left(one, width)
+            pad_left(one, width)
         for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
             ours.keys = torch.cat([ours.keys, theirs.keys])
             ours.values = torch.cat([ours.values, theirs.values])
@@ -285,31 +284,7 @@ class Decoder:
         unused = self._mask_RL.shape[1] - longest
         if unused:
             self._mask_RL = self._mask_RL[:, unused:]
-            _trim_left(self._cache, unused)
-
-
-def _kept_columns(layer: DynamicLayer, length: int) -> int:
-    """Columns that a layer holds after `length` tokens; sliding layers keep one less than their window."""
-    return min(length, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else length
-
-
-def _pad_left(cache: DynamicCache, length: int) -> None:
-    """Make the cache look as if `length` columns had been seen, with masked ones on the left."""
-    for layer in cache.layers:
-        grow = _kept_columns(layer, length) - layer.keys.shape[-2]
-        if grow > 0:
-            layer.keys, layer.values = (nn.functional.pad(x, (0, 0, grow, 0)) for x in (layer.keys, layer.values))
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = length
-
-
-def _trim_left(cache: DynamicCache, columns: int) -> None:
-    """Forget the leftmost columns, which no row uses."""
-    for layer in cache.layers:
-        kept = _kept_columns(layer, layer.get_seq_length() - columns)
-        layer.keys, layer.values = (x[:, :, x.shape[-2] - kept :] for x in (layer.keys, layer.values))
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length -= columns
+            trim_left(self._cache, unused)
 
 
 def uniform_draws(seed: int, count: int) -> list[float]:

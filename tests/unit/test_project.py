@@ -34,6 +34,7 @@ LEVELS = {
         "manifest",
         "timing",
         "progress",
+        "kv_cache",
     },
     2: {"loss", "zero", "tracking", "chat", "backbone", "shards", "elastic"},
     3: {"data", "startup", "student", "teacher", "decoder", "objective", "performance"},
