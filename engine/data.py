@@ -22,7 +22,7 @@ from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from engine.batch import Sample
-from engine.chat import Encoded, encode_conversation, encode_prompt, encode_prompt_completion
+from engine.chat import Encoded, encode_conversation, encode_prompt_completion
 from engine.config import GKDConfig
 from engine.order import DataOrder, epoch_generator, shuffled
 from engine.rows import Row, Source, as_source, load_rows, parse_row, place_of
@@ -30,7 +30,6 @@ from engine.rows import Row, Source, as_source, load_rows, parse_row, place_of
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER_ROWS = 10_000  # of a stream
-SLACK_TOKENS = 16  # bos, and whatever a tokenizer adds at the edges of a text
 
 
 class SampleEncoder:
@@ -39,7 +38,6 @@ class SampleEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._template_tokens: dict[tuple[str, ...], int] = {}
 
     def encode(self, row: Row, index: int) -> Sample | None:
         """The sample; None where the prompt leaves no room for a token.
@@ -51,56 +49,13 @@ class SampleEncoder:
             encoded = self._encode_fitting(row)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
-        if encoded is None:
-            return None
-        prompt_ids, input_ids, response_mask = encoded
-        return Sample(prompt_ids, input_ids[: self._max_length], response_mask[: self._max_length], index)
+        return None if encoded is None else Sample(*encoded, index)
 
     def _encode_fitting(self, row: Row) -> Encoded | None:
         if row.messages is None:
-            encoded = encode_prompt_completion(self._tokenizer, row.prompt, row.completion)
-            return encoded if self._has_room(encoded, row.has_completion) else None
-        ends = [len(row.messages)]
-        if row.has_completion:  # where it does not fit: without its last turns
-            turns = range(row.first_response, len(row.messages) - 1)
-            ends += [i + 1 for i in reversed(turns) if row.messages[i]["role"] == "assistant"]
-        for end in ends:
-            encoded = encode_conversation(self._tokenizer, row.messages[:end], row.first_response)
-            if self._has_room(encoded, row.has_completion):
-                return encoded
-        return None
-
-    def _has_room(self, encoded: Encoded, has_completion: bool) -> bool:
-        prompt_ids, _, response_mask = encoded
-        return len(prompt_ids) < self._max_length and (not has_completion or any(response_mask[: self._max_length]))
-
-    def fits(self, row: Row) -> bool:
-        """Whether `encode` finds room for the row, told with as little work as it takes.
-
-        Raises:
-            ValueError: as `encode`.
-        """
-        if row.messages is None:
-            return len(row.prompt.encode()) + SLACK_TOKENS < self._max_length or self.encode(row, 0) is not None
-        prompt = row.messages[:-1] if row.has_completion else row.messages
-        num_bytes = sum(len(message["content"].encode()) for message in prompt)  # a token stands for at least one
-        try:
-            bound = num_bytes + self._count_template_tokens(prompt)
-            if bound + SLACK_TOKENS >= self._max_length:
-                bound = len(encode_prompt(self._tokenizer, prompt))
-        except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from error
-        return bound + SLACK_TOKENS < self._max_length or self.encode(row, 0) is not None
-
-    def _count_template_tokens(self, prompt: list[dict[str, Any]]) -> int:
-        """Tokens that the template adds to messages of these roles; `max_length` where their content may change it."""
-        if any("tool_calls" in message for message in prompt):
-            return self._max_length
-        roles = tuple(message["role"] for message in prompt)
-        if roles not in self._template_tokens:
-            stand_in = [{"role": role, "content": "x"} for role in roles]
-            self._template_tokens[roles] = len(encode_prompt(self._tokenizer, stand_in))
-        return self._template_tokens[roles]
+            return encode_prompt_completion(self._tokenizer, row.prompt, row.completion, max_length=self._max_length)
+        responses = range(row.first_response, len(row.messages))
+        return encode_conversation(self._tokenizer, row.messages, responses, max_length=self._max_length)
 
 
 class Rows:
@@ -131,20 +86,13 @@ class Rows:
         return self._source
 
     def _usable(self, report: bool) -> Iterator[tuple[int, Row]]:
-        """The rows whose prompt fits, with their number in the source; at the end, the checks of the whole.
-
-        Long prompts are tokenised for that, the others only measured. The first row with an answer is encoded, so that
-        a template which cannot be used says so at once.
-        """
+        """The rows whose prompt fits, with their number in the source; at the end, the checks of the whole."""
         num_rows, num_kept, has_completion = 0, 0, False
         for index, raw in enumerate(islice(self._source, self._limit)):
             num_rows += 1
             row = parse_row(raw, place_of(self._source, self._name, index))
-            is_first_answer = row.has_completion and not has_completion
             has_completion = has_completion or row.has_completion
-            if is_first_answer:
-                self._encoder.encode(row, index)
-            if self._encoder.fits(row):
+            if self._encoder.encode(row, index) is not None:
                 num_kept += 1
                 yield index, row
         if num_rows == 0:

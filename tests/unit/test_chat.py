@@ -106,18 +106,28 @@ def test_generation_tag_is_taken_at_its_word(trim_offsets):
     tokenizer = build_chatml(GENERATION.replace("TAIL", ""), trim_offsets)
     _, input_ids, mask = encode_conversation(tokenizer, messages)
     assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>", "fine<|im_end|>"]
+
+
+def test_generation_tag_without_the_end_of_turn_still_teaches_to_stop():
     without_end = GENERATION.replace(
         "+ '<|im_end|>' }}TAIL{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"
     )
-    tokenizer = build_chatml(without_end, trim_offsets)
-    _, input_ids, mask = encode_conversation(tokenizer, messages)
-    assert marked_texts(tokenizer, input_ids, mask) == ["hello", "fine"]
+    tokenizer = build_chatml(without_end)
+    _, input_ids, mask = encode_conversation(tokenizer, talk("hi", "hello", "how?", "fine"))
+    assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>", "fine<|im_end|>"]
+
+
+def test_generation_tag_that_leaves_a_turn_out_is_taken_at_its_word():
+    last_only = GENERATION.replace("TAIL", "").replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    tokenizer = build_chatml(last_only)
+    _, input_ids, mask = encode_conversation(tokenizer, talk("hi", "hello", "how?", "fine"))
+    assert marked_texts(tokenizer, input_ids, mask) == ["fine<|im_end|>"]
 
 
 def test_generation_tag_that_ends_in_trimmed_space_does_not_run_on():
     tokenizer = build_chatml(GENERATION.replace("TAIL", "{{ '  ' }}"), trim_offsets=True)
     _, input_ids, mask = encode_conversation(tokenizer, talk("hi", "hello", "how?", "fine"))
-    assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>  ", "fine<|im_end|>  "]
+    assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>", "fine<|im_end|>"]
 
 
 def test_thinking_template_strips_earlier_thoughts():
@@ -126,8 +136,8 @@ def test_thinking_template_strips_earlier_thoughts():
     _, input_ids, mask = encode_conversation(tokenizer, talk("hi", thought + "hello", "how?", thought + "fine"))
     assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>", thought + "fine<|im_end|>"]
     prompt_ids, input_ids, mask = encode_conversation(tokenizer, talk("hi", thought + "hello", "how?", "fine"))
-    # the empty block stands behind the generation prompt: the student has to write it in a rollout too
-    assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>", "<think>\n\n</think>\n\nfine<|im_end|>"]
+    # an empty block is the template's: in every turn alike, the assistant's own words are marked
+    assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>", "fine<|im_end|>"]
     assert tokenizer.decode(prompt_ids).endswith("<|im_start|>assistant\n")
 
 
@@ -173,10 +183,14 @@ def test_answer_that_quotes_the_template_stays_whole():
 def test_tool_calls_are_the_assistants_words():
     template = CHATML.replace("m.content +", "m.content + (m.tool_calls | tojson if m.tool_calls else '') +")
     tokenizer = build_chatml(template)
-    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
-    messages = [*talk("hi"), call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "three"}]
-    _, input_ids, mask = encode_conversation(tokenizer, messages)
-    assert marked_texts(tokenizer, input_ids, mask) == ['[{"name": "f"}]<|im_end|>', "three<|im_end|>"]
+    rest = [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "three"}]
+    written = '[{"type": "function", "function": {"arguments": {}, "name": "f"}}]<|im_end|>'
+    for call in ({"name": "f"}, {"function": {"name": "f"}}):
+        messages = [*talk("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}, *rest]
+        _, input_ids, mask = encode_conversation(tokenizer, messages)
+        assert marked_texts(tokenizer, input_ids, mask) == [written, "three<|im_end|>"]
+    with pytest.raises(ValueError, match="message 2: a tool call must name its function"):
+        encode_conversation(tokenizer, [*talk("hi"), {"role": "assistant", "content": "", "tool_calls": ["f"]}, *rest])
 
 
 def test_prompt_alone_and_context_turns():
@@ -186,7 +200,7 @@ def test_prompt_alone_and_context_turns():
     assert tokenizer.decode(prompt_ids).endswith("how?<|im_end|>\n<|im_start|>assistant\n")
     for template in (CHATML, GENERATION.replace("TAIL", "")):
         tokenizer = build_chatml(template)
-        _, input_ids, mask = encode_conversation(tokenizer, talk("hi", "hello", "how?", "fine"), first_response=3)
+        _, input_ids, mask = encode_conversation(tokenizer, talk("hi", "hello", "how?", "fine"), [3])
         assert marked_texts(tokenizer, input_ids, mask) == ["fine<|im_end|>"]
 
 
@@ -194,11 +208,11 @@ def test_prompt_alone_and_context_turns():
     "template, message",
     [
         (CHATML[: CHATML.index("{% if add_generation_prompt")], "ignores add_generation_prompt"),
-        (CHATML.replace("m.content +", "m.content + m.content +"), "appears 2 times"),
+        (CHATML.replace("m.content +", "m.content + m.content +"), "writes more than once the text of message 2"),
         ("{{ raise_exception('only pirates') }}", "refuses this conversation: only pirates"),
         (
             CHATML.replace("m.content +", "m.content | upper | replace('HELLO', '') +") + "{{ messages[-1].content }}",
-            "appears",
+            "leaves out the text of message 2|not how the conversation begins",
         ),
     ],
 )
@@ -309,17 +323,6 @@ def test_plain_completion_has_one_eos_and_no_template():
         prompt_ids, input_ids, mask = encode_prompt_completion(tokenizer, "hi:", completion)
         assert tokenizer.decode(input_ids) == "hi:hello<|im_end|>" and tokenizer.decode(prompt_ids) == "hi:"
         assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>"]
-
-
-def test_conversational_prompt_and_completion():
-    tokenizer = build_chatml()
-    messages = talk("hi", "hello", "how?", "fine")
-    assert encode_prompt_completion(tokenizer, messages[:3], messages[3:]) == encode_conversation(
-        tokenizer, messages, 3
-    )
-    assert encode_prompt_completion(tokenizer, messages[:3], None) == encode_conversation(tokenizer, messages[:3])
-    with pytest.raises(ValueError, match="both be text"):
-        encode_prompt_completion(tokenizer, messages, "fine")
 
 
 def test_same_vocabulary(caplog):
