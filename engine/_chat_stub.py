@@ -9,6 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
 from engine import chat
 
 
@@ -35,7 +37,8 @@ def _with_input(tokenizer: Any, template: TemplateInput) -> Any:
     wrapped = copy.copy(tokenizer)
     extra = dict(template.kwargs)
     if template.now is not None:
-        extra["strftime_now"] = template.now.strftime
+        # transformers turns callables among the variables into text; globals of the compiled template it leaves alone
+        _compile_jinja_template(tokenizer.get_chat_template()).globals["strftime_now"] = template.now.strftime
     wrapped.apply_chat_template = lambda messages, **kw: tokenizer.apply_chat_template(
         messages, tools=template.tools, **extra, **kw
     )
