@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from engine import check, hosts, zero
-from engine.backbone import download_model, read_model_config
+from engine.backbone import check_positions, download_model, read_model_config
 from engine.batch import Sample
 from engine.chat import check_same_vocabulary, stop_token_ids
-from engine.checkpoint import Checkpoints
+from engine.checkpoint import Checkpoints, started_on
 from engine.config import GKDConfig
-from engine.data import MapRows, StepData, build_rows, eval_batches
+from engine.data import StepData, build_rows, eval_batches
 from engine.decoder import Sampling
 from engine.distributed import build_vocab_groups
 from engine.evaluation import Evaluator
@@ -28,7 +29,7 @@ from engine.faults import BadSteps
 from engine.objective import Objective
 from engine.performance import Meter
 from engine.rollout import Rollout
-from engine.rows import Source
+from engine.selection import MapRows
 from engine.settings import resolve_deepspeed, teacher_settings
 from engine.startup import init_distributed
 from engine.student import Student, build_student
@@ -64,6 +65,7 @@ class Run:
     evaluator: Evaluator | None
     checkpoints: Checkpoints
     resume_from: Path | None
+    started: str
     bad_steps: BadSteps
     meter: Meter
     num_steps: int
@@ -85,8 +87,9 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find() if train else None
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
-    read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size))
-    check.same_data(read.sources)
+    started = check.gather((started_on(resume_from) if resume_from else None) or date.today().isoformat())[0]
+    read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size, started))
+    check.same_data(read.fingerprints)
 
     groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
     student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
@@ -102,8 +105,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     zero.bound_waits(config.timeout_s)
     return Run(
         config, rank, world_size, device, read.tokenizer, student, teacher, objective, rollout, read.data, evaluator,
-        checkpoints, resume_from, BadSteps(config, read.tokenizer, rank, device), Meter(student.model, teacher.model),
-        read.num_steps, settings,
+        checkpoints, resume_from, started, BadSteps(config, read.tokenizer, rank, device),
+        Meter(student.model, teacher.model), read.num_steps, settings,
     )  # fmt: skip
 
 
@@ -116,20 +119,20 @@ class _Read:
     data: StepData | None
     evaluator_batches: list[list[Sample]] | None
     num_steps: int
-    sources: dict[str, Source]
+    fingerprints: dict[str, str]
 
 
-def _read_inputs(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int) -> _Read:
+def _read_inputs(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int, started: str) -> _Read:
     """Read configurations, tokenizers and rows and download what is missing, the first rank of a host before the rest.
 
     Raises:
         ValueError: for input that cannot work.
     """
     with hosts.host_by_host(config.prepare_timeout_s):
-        return _read(config, inputs, train, rank, world_size)
+        return _read(config, inputs, train, rank, world_size, datetime.fromisoformat(started))
 
 
-def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int) -> _Read:
+def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int, now: datetime) -> _Read:
     student_config, teacher_config = (
         _model_config(given, name, field, config)
         for given, name, field in (
@@ -139,19 +142,21 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
     )
     shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
     tokenizer = _tokenizer(config, inputs, shared_vocab_size)
-    data, evaluator_batches, sources = None, None, {}
+    for who, model_config in (("student", student_config), ("teacher", teacher_config)):
+        check_positions(model_config, config.max_length, who, rank == 0)
+    data, evaluator_batches, fingerprints = None, None, {}
     wants_evaluation = not train or config.eval_steps is not None or config.eval_on_start
     if wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
         raise ValueError("eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both")
     if train:
-        rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank)
+        rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank, now)
         data = StepData(rows, config, world_size, rank)
-        sources[config.dataset_train_split] = rows.source
+        fingerprints[config.dataset_train_split] = rows.fingerprint
     if inputs.eval_dataset is not None or wants_evaluation:
-        rows = build_rows(inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank)
+        rows = build_rows(inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank, now)
         assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
         evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
-        sources[config.dataset_test_split] = rows.source
+        fingerprints[config.dataset_test_split] = rows.fingerprint
     for given, name in (
         (inputs.model, config.model_name_or_path),
         (inputs.teacher_model, config.teacher_model_name_or_path),
@@ -160,7 +165,7 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
             assert name is not None  # `_model_config` has read it
             download_model(name)
     num_steps = count_steps(config, data) if data is not None else 1
-    return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, sources)
+    return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, fingerprints)
 
 
 def _model_config(model: nn.Module | None, name: str | None, field: str, config: GKDConfig) -> Any:

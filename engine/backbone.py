@@ -6,6 +6,7 @@ builds the block-diagonal causal mask itself. Nothing here computes logits.
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from engine.batch import PackedBatch
 from engine.config import GKDConfig
 from engine.shards import load_partitioned
 
+logger = logging.getLogger(__name__)
+
+POSITION_TABLES = ("opt", "gpt_neo", "biogpt", "xglm")  # beside those whose configuration says n_positions
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -115,6 +119,34 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
             "and wrong gradients follow): use flash_attention_2 on a GPU, or eager"
         )
     return model_config
+
+
+def check_positions(model_config: Any, max_length: int, who: str, may_warn: bool) -> None:
+    """Compare `max_length` with the positions that a model was made for.
+
+    A table of positions ends there; rotary ones go on, into what the model has never seen, so that is a warning.
+
+    Raises:
+        ValueError: where the model has no position for a row's last token.
+    """
+    text = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    scaling = getattr(text, "rope_parameters", None) or {}
+    if isinstance(limit, int) and scaling.get("original_max_position_embeddings") and scaling.get("factor"):
+        limit = max(limit, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+    if not isinstance(limit, int) or not 0 < limit < max_length:
+        return
+    if not scaling and ("max_position_embeddings" in text.attribute_map or text.model_type in POSITION_TABLES):
+        raise ValueError(
+            f"max_length={max_length}: the {who} ({text.model_type}) has {limit} positions and can have no more: set "
+            f"max_length to {limit} or less"
+        )
+    if may_warn:
+        logger.warning(
+            "max_length=%d is beyond the max_position_embeddings=%d of the %s (%s): set max_length to that or less, or "
+            "give its configuration rope scaling (rope_parameters) and the longer limit",
+            max_length, limit, who, text.model_type,
+        )  # fmt: skip
 
 
 def download_model(name: str) -> None:

@@ -21,8 +21,8 @@ from deepspeed.accelerator import get_accelerator
 from engine import hosts
 from engine.backbone import count_parameters
 from engine.config import GKDConfig
-from engine.rows import Source, fingerprint, load_rows
 from engine.settings import read_deepspeed, teacher_settings
+from engine.sources import fingerprint, load_rows
 from engine.tracking import package_versions
 
 T = TypeVar("T")
@@ -111,9 +111,9 @@ def same_setup(config: GKDConfig, writes: bool) -> None:
         require_shared(Path(config.output_dir))
 
 
-def same_data(sources: dict[str, Source]) -> None:
+def same_data(fingerprints: dict[str, str]) -> None:
     """The rows are alike, by split. All ranks must call; ValueError as `same_setup`."""
-    require_same({f"dataset split {split}": fingerprint(source) for split, source in sources.items()})
+    require_same({f"dataset split {split}": digest for split, digest in fingerprints.items()})
 
 
 def require_shared(folder: Path) -> None:

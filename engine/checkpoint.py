@@ -54,6 +54,8 @@ class TrainState:
 
     Attributes:
         batches: global batches taken from the data so far; the next one has this number.
+        answered_batches: those taken from the order over rows with an answer, where it is another.
+        started: date of the run's first start, which a chat template may write; ISO.
         tokens: response tokens trained on so far, over all ranks.
         run_id: the tracker's id of the run.
         bad_steps: steps whose update was dropped, as loss or gradient was not finite.
@@ -62,6 +64,8 @@ class TrainState:
 
     step: int = 0
     batches: int = 0
+    answered_batches: int = 0
+    started: str | None = None
     tokens: int = 0
     run_id: str | None = None
     bad_steps: int = 0
@@ -242,7 +246,7 @@ class Checkpoints:
             client_state = zero.load_universal_checkpoint(engine, copy / UNIVERSAL_TAG)
         record = client_state["train_state"]
         self.saved_step = record["step"]
-        return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState)})
+        return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState) if f.name in record})
 
     def load_rollouts(self, path: Path) -> list[list[Sample]] | None:
         """This rank's rollouts, where the checkpoint fell between two steps that share them."""
@@ -254,6 +258,11 @@ def verified_manifest(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     assert manifest is not None, path
     return manifest
+
+
+def started_on(path: Path) -> str | None:
+    """The date on which the run of a verified checkpoint first started; None where it does not say."""
+    return verified_manifest(path).get("started")
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,12 @@ from typing import Any
 DIVERGENCE_KINDS = ("jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TRACKERS = ("wandb", "tensorboard", "none")
+# What the engine itself hands to a chat template or to `apply_chat_template`.
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+     "continue_final_message", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask",
+     "strftime_now", "padding", "truncation", "max_length", "tokenizer_kwargs"}
+)  # fmt: skip
 
 
 def option(default: Any, text: str, choices: tuple | None = None) -> Any:
@@ -58,6 +65,17 @@ class GKDConfig:
         1024, "Longest prompt plus completion, in tokens; completions are cut to fit, prompts never."
     )
     max_samples: int | None = option(None, "Use only the first so many training rows.")
+    chat_template_kwargs: dict = option(
+        {}, "Variables of the chat template, such as enable_thinking; a row's own column of that name wins."
+    )
+    on_bad_row: str = option(
+        "error",
+        "A row that cannot be used: `error` ends the run before it begins, `skip` leaves it out.",
+        ("error", "skip"),
+    )
+    dataset_num_proc: int | None = option(
+        None, "Processes that check and tokenise the rows; unset: one per core, and one alone for few rows."
+    )
 
     # Algorithm (arXiv 2306.13649)
     lmbda: float = option(0.5, "Probability that a step trains on samples that the student generates itself.")
@@ -224,7 +242,8 @@ class GKDConfig:
                      "gradient_accumulation_steps", "logging_steps", "timeout_s", "prepare_timeout_s"):  # fmt: skip
             require(getattr(self, name) > 0, name, "positive")
         for name in ("global_batch_size", "eval_steps", "save_steps", "save_total_limit", "save_minutes", "max_minutes",
-                     "loss_chunk_bytes", "max_samples", "eval_max_samples", "log_completions_steps"):  # fmt: skip
+                     "loss_chunk_bytes", "max_samples", "eval_max_samples", "log_completions_steps",
+                     "dataset_num_proc"):  # fmt: skip
             require(getattr(self, name) is None or getattr(self, name) > 0, name, "positive, or unset")
         size = self.vocab_parallel_size
         require(
@@ -245,6 +264,9 @@ class GKDConfig:
                 f"teacher_placement={self.teacher_placement} give teacher_deepspeed an `offload_param` instead "
                 "(ds_configs/teacher_zero3_cpu.json)"
             )
+        taken = sorted(RESERVED_TEMPLATE_KWARGS & set(self.chat_template_kwargs))
+        if taken:
+            raise ValueError(f"chat_template_kwargs has `{taken[0]}`, which the engine sets itself")
         if self.dataset_streaming and self.max_steps < 0:
             raise ValueError("dataset_streaming=true: a stream has no length, so set max_steps as well")
 
@@ -293,6 +315,10 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
                 return float(value)
             if kind is str and isinstance(value, (str, Path)):
                 return str(value)
+            if kind is dict and isinstance(value, (dict, str)):
+                read = json.loads(value) if isinstance(value, str) else value
+                if isinstance(read, dict) and all(isinstance(key, str) for key in read):
+                    return dict(read)
             if typing.get_origin(kind) is list and isinstance(value, (list, tuple, str)):
                 return value.split(",") if isinstance(value, str) else list(value)
         except (ValueError, TypeError, KeyError, OverflowError):

@@ -1,203 +1,43 @@
 """From rows to the samples of a step.
 
-The order is stateless: position k of the run is row `permutation(seed, k // n)[k % n]`, so a run resumes from one
-integer, and the same rows meet in a step at any world size and accumulation split. Rows are tokenised when a step
-needs them, by the rank that trains on them; nothing is cached. Knows ranks only as numbers. No collectives.
-
-A row whose prompt leaves no room for one token in `max_length` is dropped before training and counted. Completions
-are cut to fit; a conversation loses its last turns first, and its prompt is never cut.
+The order is stateless: position k of the run is row `permutation(seed, k // n)[k % n]`, so a run resumes from its
+position, and the same rows meet in a step at any world size and accumulation split. Where some rows have no answer,
+steps on the dataset follow a second order, over the rows with one, and a run has two positions. Knows ranks only as
+numbers. No collectives.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from array import array
-from collections.abc import Callable, Iterator
-from itertools import count as count_up
-from itertools import islice
+from datetime import datetime
 from typing import Any
 
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from engine.batch import Sample
-from engine.chat import Encoded, encode_conversation, encode_prompt_completion
 from engine.config import GKDConfig
-from engine.order import DataOrder, epoch_generator, shuffled
-from engine.rows import Row, Source, as_source, load_rows, parse_row, place_of
-
-logger = logging.getLogger(__name__)
-
-SHUFFLE_BUFFER_ROWS = 10_000  # of a stream
-
-
-class SampleEncoder:
-    """Rows to samples of at most `max_length` tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-
-    def encode(self, row: Row, index: int) -> Sample | None:
-        """The sample; None where the prompt leaves no room for a token.
-
-        Raises:
-            ValueError: where the chat template cannot express the row; the text names the row.
-        """
-        try:
-            encoded = self._encode_fitting(row)
-        except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from error
-        return None if encoded is None else Sample(*encoded, index)
-
-    def _encode_fitting(self, row: Row) -> Encoded | None:
-        if row.messages is None:
-            return encode_prompt_completion(self._tokenizer, row.prompt, row.completion, max_length=self._max_length)
-        responses = range(row.first_response, len(row.messages))
-        return encode_conversation(self._tokenizer, row.messages, responses, max_length=self._max_length)
-
-
-class Rows:
-    """A source with its tokenizer: reads rows in order, checks each, passes over those that cannot be used.
-
-    Args:
-        limit: use only the first so many rows.
-        needs_completion: at least one row must have an answer to train on.
-        rank: the number of dropped rows is logged on rank 0.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        name: str,
-        limit: int | None = None,
-        needs_completion: bool = False,
-        rank: int = 0,
-    ) -> None:
-        self._source, self._name, self._limit = source, name, limit
-        self._needs_completion, self._max_length, self._rank = needs_completion, max_length, rank
-        self._encoder = SampleEncoder(tokenizer, max_length)
-
-    @property
-    def source(self) -> Source:
-        return self._source
-
-    def _usable(self, report: bool) -> Iterator[tuple[int, Row]]:
-        """The rows whose prompt fits, with their number in the source; at the end, the checks of the whole."""
-        num_rows, num_kept, has_completion = 0, 0, False
-        for index, raw in enumerate(islice(self._source, self._limit)):
-            num_rows += 1
-            row = parse_row(raw, place_of(self._source, self._name, index))
-            has_completion = has_completion or row.has_completion
-            if self._encoder.encode(row, index) is not None:
-                num_kept += 1
-                yield index, row
-        if num_rows == 0:
-            raise ValueError(f"{self._name} is empty: it has no rows")
-        if self._needs_completion and not has_completion:
-            raise ValueError(
-                f"{self._name}, rows 1 to {num_rows}: none has an assistant turn or completion to train on, which "
-                "steps on the dataset need. Prompts alone can be used with lmbda=1, or with seq_kd=true"
-            )
-        if num_kept == 0:
-            raise ValueError(f"{self._name}: every prompt fills max_length={self._max_length} tokens; raise max_length")
-        if report and num_kept < num_rows and self._rank == 0:
-            logger.warning(
-                "%s: dropped %d of %d rows, whose prompt fills max_length=%d tokens",
-                self._name, num_rows - num_kept, num_rows, self._max_length,
-            )  # fmt: skip
-
-    def _encode(self, row: Row, index: int) -> Sample:
-        sample = self._encoder.encode(row, index)
-        if sample is None:
-            raise ValueError(
-                f"{row.place}: its prompt fills max_length={self._max_length} tokens, though it measured less"
-            )
-        return sample
-
-
-class MapRows(Rows):
-    """Rows with random access; `rows[i]` tokenises the i-th row that is kept.
-
-    Construction reads every row once.
-
-    Raises:
-        ValueError: for no rows, a malformed one, no answer anywhere where one is needed, or no prompt that fits.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._kept = array("q", (index for index, _ in self._usable(report=True)))
-        self._order = functools.lru_cache(maxsize=1)(functools.partial(DataOrder, len(self._kept)))
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, i: int) -> Sample:
-        """Sample of the i-th kept row; its `index` is the row's number in the source, from 0."""
-        return self.sample(i, index=self._kept[i])
-
-    def sample(self, i: int, index: int) -> Sample:
-        """Sample of the i-th kept row with the `index` given."""
-        number = self._kept[i]
-        row = parse_row(self._source[number], place_of(self._source, self._name, number))
-        return self._encode(row, index)
-
-    def sampler(self, first: int, count: int, seed: int, shuffle: bool) -> Callable[[int], Sample]:
-        """Gives the sample at position `first + i` of the run, with `index` i, for i < count; read when asked for."""
-        order = self._order(seed, shuffle)
-        return lambda i: self.sample(order.row(first + i), index=i)
-
-
-class StreamRows(Rows):
-    """Rows that are read in order, epoch after epoch; each is checked when it is read.
-
-    With shuffling, a row is drawn from a buffer of the next `SHUFFLE_BUFFER_ROWS`, by a generator seeded with
-    (seed, epoch). Going back restarts the stream and skips.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._iterator: Iterator[Row] = iter(())
-        self._position: int | None = None
-        self._order: tuple[int, bool] | None = None
-
-    def read(self, first: int, count: int, seed: int, shuffle: bool) -> list[Row]:
-        """The rows at positions `first` to `first + count - 1` of the endless stream.
-
-        Raises:
-            ValueError: for a malformed row, and at the end of an epoch as `MapRows` does.
-        """
-        if self._position is None or first < self._position or self._order != (seed, shuffle):
-            self._iterator, self._position, self._order = self._endless(seed, shuffle), 0, (seed, shuffle)
-        rows = list(islice(self._iterator, first - self._position, first - self._position + count))
-        self._position = first + count
-        return rows
-
-    def sampler(self, first: int, count: int, seed: int, shuffle: bool) -> Callable[[int], Sample]:
-        """As `MapRows.sampler`; the rows are read, and not yet tokenised."""
-        rows = self.read(first, count, seed, shuffle)
-        return lambda i: self._encode(rows[i], index=i)
-
-    def _endless(self, seed: int, shuffle: bool) -> Iterator[Row]:
-        for epoch in count_up():
-            rows = (row for _, row in self._usable(report=epoch == 0))
-            yield from shuffled(rows, epoch_generator(seed, epoch), SHUFFLE_BUFFER_ROWS) if shuffle else rows
+from engine.encoding import RowEncoder
+from engine.rows import COLUMNS
+from engine.selection import MapRows, RowRules, StreamRows
+from engine.sources import as_source, keep_columns, load_rows
+from engine.template import TemplateInput
 
 
 def build_rows(
-    data: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig, split: str, rank: int = 0
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GKDConfig,
+    split: str,
+    rank: int = 0,
+    now: datetime | None = None,
 ) -> MapRows | StreamRows:
     """The checked rows of `data` (a dataset object, or None for `config.dataset_name`), before any model loads.
 
     For the training split, `dataset_streaming` and `max_samples` apply and answers are required unless every step
-    can do without; for another, `eval_max_samples`.
+    can do without; for another, `eval_max_samples`. `now` is what a chat template takes for today.
 
     Raises:
-        ValueError: as `load_rows` and `MapRows`, and for a stream that is not the training split.
+        ValueError: as `load_rows`, `RowEncoder` and `MapRows`, and for a stream that is not the training split.
     """
     is_train = split == config.dataset_train_split
     if data is None:
@@ -206,19 +46,30 @@ def build_rows(
     else:
         name = "train_dataset" if is_train else "eval_dataset"
         source = as_source(data, split, name)
-    limit = config.max_samples if is_train else config.eval_max_samples
-    needs_completion = is_train and config.lmbda < 1 and not config.seq_kd
     is_stream = isinstance(source, IterableDataset) or (is_train and config.dataset_streaming)
     if is_stream and not is_train:
         raise ValueError(f"{name}: evaluation needs rows with a length, not a stream")
     if is_stream and config.max_steps < 0:
         raise ValueError(f"{name}: a stream has no length, so set max_steps")
-    rows_type = StreamRows if is_stream else MapRows
-    return rows_type(source, tokenizer, config.max_length, name, limit, needs_completion, rank)
+    encoder = RowEncoder(tokenizer, config.max_length, TemplateInput(kwargs=config.chat_template_kwargs, now=now))
+    rules = RowRules(
+        limit=config.max_samples if is_train else config.eval_max_samples,
+        answers=needed_answers(config) if is_train else "optional",
+        on_bad_row=config.on_bad_row,
+        num_proc=config.dataset_num_proc,
+    )
+    return (StreamRows if is_stream else MapRows)(keep_columns(source, COLUMNS), encoder, name, rules, rank)
+
+
+def needed_answers(config: GKDConfig) -> str:
+    """Which rows need an answer, as in `RowRules`: steps on the dataset do, on-policy steps do not."""
+    if config.seq_kd or config.lmbda == 1:
+        return "optional"
+    return "some" if config.lmbda > 0 else "all"
 
 
 class StepData:
-    """The samples that a rank trains on at a step; a pure function of (seed, step, place in the global batch).
+    """The samples that a rank trains on at a step: a pure function of (seed, number of the global batch, place in it).
 
     A global batch has A*W*B rows (accumulation, world, per device). Row i goes to micro-batch `i // (W*B)` of rank
     `(i % (W*B)) // B`, as a sample whose `index` is i.
@@ -247,9 +98,18 @@ class StepData:
         """Optimizer steps of one epoch, with their fraction: epochs follow each other within a batch."""
         return self.num_rows / global_batch
 
-    def step_batches(self, step: int) -> list[list[Sample]]:
-        """This rank's micro-batches of optimizer step `step` (from 0): accumulation lists of B samples."""
-        sample = self._rows.sampler(step * self.global_batch, self.global_batch, self._seed, self._shuffle)
+    def lacks_answers(self, number: int) -> bool:
+        """Whether global batch `number` of the order over all rows is not for a step on the dataset, which takes the
+        next one of the order over rows with an answer instead. The same on every rank."""
+        return self._rows.lacks_answers(number * self.global_batch, self.global_batch, self._seed, self._shuffle)
+
+    def step_batches(self, number: int, answered: bool = False) -> list[list[Sample]]:
+        """This rank's micro-batches of global batch `number` (from 0): accumulation lists of B samples.
+
+        With `answered`, the batches are those of the order over rows with an answer.
+        """
+        first, count = number * self.global_batch, self.global_batch
+        sample = self._rows.sampler(first, count, self._seed, self._shuffle, answered)
         batches = []
         for micro in range(self._accumulation):
             start = (micro * self._world_size + self._rank) * self._batch

@@ -94,7 +94,10 @@ class Rollout:
         idle_s = time.perf_counter() - done_at
         local_tokens = sum(len(row) - 2 for row in rows)
         metrics = describe([row[2:] for row in everyone], [bool(row[1]) for row in everyone])
+        longest_whole = self.sampling.context_size - self.sampling.max_new_tokens
+        lengths = [len(prompt) - 1 for rows in prompts for prompt in rows]  # the first number is the index
         metrics |= {
+            "rollout/share_clipped": sum(length > longest_whole for length in lengths) / max(1, len(lengths)),
             "rollout/gather_s": gathered_at - started,
             "rollout/idle_s": idle_s,
             "rollout/tokens_per_s": local_tokens / max(decoded_at - gathered_at, 1e-9),

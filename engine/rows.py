@@ -1,275 +1,194 @@
-"""Where rows come from, and what a row must look like.
+"""What a row must look like: `parse_row` turns the dict of any source into a checked `Row`, or says what is wrong.
 
-A source is anything with rows in an order: a local file or folder, a hub dataset, a `datasets` object or a list of
-dicts. `parse_row` turns one of its rows into a `Row` or raises with the place (file and line, or split and row
-number, counted from 1). No tokenizer, no ranks, no collectives here.
-
-Three kinds of row: `messages` (role and content of each turn), `prompt` with `completion` (both text, or both lists
-of messages), and prompts only (`prompt` alone, or `messages` that end before an answer).
+Three kinds: `messages` (role and content of each turn), `prompt` with `completion` (both text, or both lists of
+messages), and prompts only (`prompt` alone, or `messages` that end before an answer). A field to which other tools
+give a meaning is honoured or refused by name, never passed over. No tokenizer, no template, no ranks here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from engine.config import RESERVED_TEMPLATE_KWARGS
+from engine.messages import MEDIA, SHAREGPT, check_messages, check_text, is_filled, read_json, without_nulls
 
-from engine.config import GKDConfig
-
-ROLES = ("system", "user", "assistant", "tool")
-FINGERPRINT_ROWS = 1000
-FINGERPRINT_STREAM_ROWS = 16
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# What is read of a row; a dataset's other columns are never decoded.
+COLUMNS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", "conversations", "conversation",
+           "system", "label", *MEDIA)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
     """One checked row: a conversation, or a plain-text prompt with or without its completion.
 
-    Assistant turns before message number `first_response` belong to the prompt.
+    Attributes:
+        responses: numbers of the assistant messages to train on, from 0; the others are context. Where there are
+            any, the last message is one of them.
+        tools, template_kwargs: what goes into the chat template beside the messages.
+        notes: what the user should be told about rows like this one.
     """
 
     place: str
     messages: list[dict[str, Any]] | None = None
-    first_response: int = 0
+    responses: tuple[int, ...] = ()
     prompt: str = ""
     completion: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def has_completion(self) -> bool:
-        if self.messages is None:
-            return self.completion is not None
-        return self.messages[-1]["role"] == "assistant" and len(self.messages) > self.first_response
+        return bool(self.responses) or self.completion is not None
 
 
-class JsonLines:
-    """A JSONL file read by line on demand: rows may differ in shape, and errors name the line.
-
-    Holds 16 bytes per row in memory. Blank lines are no rows.
-
-    Raises:
-        ValueError: on access, for a line that is not a JSON object.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        starts, lines, position = [], [], 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    starts.append(position)
-                    lines.append(number)
-                position += len(line)
-        self._starts = np.array(starts, dtype=np.int64)
-        self._lines = np.array(lines, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            file.seek(self._starts[index])
-            return self._parse(file.readline(), index)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.path.open("rb") as file:
-            for index, line in enumerate(line for line in file if line.strip()):
-                yield self._parse(line, index)
-
-    def place(self, index: int) -> str:
-        return f"{self.path}, line {self._lines[index]}"
-
-    def _parse(self, line: bytes, index: int) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # JSON or UTF-8
-            raise ValueError(f"{self.place(index)}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.place(index)}: must be a JSON object, is a {type(row).__name__}")
-        return row
-
-
-Source: TypeAlias = Dataset | IterableDataset | JsonLines | list
-
-
-def load_rows(config: GKDConfig, split: str) -> Source:
-    """The rows of `config.dataset_name`: a local file or folder, else a name on the hub.
-
-    A folder is one written by `save_to_disk`, or has `<split>.jsonl`, or data files that `datasets` recognises. A
-    single file is the training split and has no other. `dataset_streaming` applies to the training split.
-
-    Raises:
-        ValueError: where there is no such dataset, configuration or split, or a file cannot be read.
-    """
-    name = config.dataset_name
-    if name is None:
-        raise ValueError("dataset_name is not set: give a hub name, a .jsonl/.json/.parquet file or a folder")
-    path, streaming = Path(name), config.dataset_streaming and split == config.dataset_train_split
-    if path.is_file():
-        if split != config.dataset_train_split:
-            raise ValueError(
-                f"dataset_name={name!r} is a single file and has only the training split, not {split!r}: give a folder "
-                f"with {config.dataset_train_split}.jsonl and {split}.jsonl"
-            )
-        if path.suffix not in FILE_BUILDERS:
-            raise ValueError(f"dataset_name={name!r}: must be a .jsonl, .json or .parquet file, or a folder")
-        if path.suffix == ".jsonl":
-            return JsonLines(path)
-        return open_dataset(name, FILE_BUILDERS[path.suffix], data_files=name, split="train", streaming=streaming)
-    if path.is_dir():
-        if (path / f"{split}.jsonl").is_file():
-            return JsonLines(path / f"{split}.jsonl")
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return saved_split(path, split, config.dataset_train_split)
-    return open_dataset(name, name, name=config.dataset_config, split=split, streaming=streaming)
-
-
-def saved_split(path: Path, split: str, train_split: str) -> Dataset:
-    """A split of a folder that `save_to_disk` wrote; memory-mapped, so streaming would add nothing."""
-    try:
-        saved = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"dataset_name={str(path)!r}: the saved dataset cannot be read ({error})") from error
-    if isinstance(saved, DatasetDict):
-        return pick_split(saved, split, str(path))
-    if split != train_split:
-        raise ValueError(f"dataset_name={str(path)!r} holds one dataset, the training split; it has no {split!r}")
-    return saved
-
-
-def pick_split(splits: DatasetDict | IterableDatasetDict, split: str, name: str) -> Dataset | IterableDataset:
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
-    return splits[split]
-
-
-def open_dataset(shown_name: str, builder: str, **kwargs: Any) -> Dataset | IterableDataset:
-    """`datasets.load_dataset`, whose many errors become one ValueError that names the dataset.
-
-    Safe on several ranks at once: the library builds its cache under a file lock.
-    """
-    try:
-        return load_dataset(builder, **kwargs)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(
-            f"dataset_name={shown_name!r}, split {kwargs['split']!r} cannot be read ({type(error).__name__}: {error})"
-        ) from error
-
-
-def as_source(data: Any, split: str, name: str) -> Source:
-    """A dataset object of the Python API as a source; of a DatasetDict, its split.
-
-    Raises:
-        ValueError: for an object of another kind.
-    """
-    if isinstance(data, (DatasetDict, IterableDatasetDict)):
-        data = pick_split(data, split, name)
-    if isinstance(data, Dataset):
-        return data.with_format(None)
-    if isinstance(data, (IterableDataset, JsonLines)):
-        return data
-    if isinstance(data, (list, tuple)):
-        return list(data)
-    raise ValueError(
-        f"{name} must be a datasets.Dataset, an IterableDataset or a list of dicts, is {type(data).__name__}"
-    )
-
-
-def fingerprint(source: Source) -> str:
-    """A digest of the rows: all bytes of a JSONL file, else the number of rows and a thousand of them, spread evenly;
-    the first few of a stream."""
-    digest = hashlib.blake2b(digest_size=6)
-    if isinstance(source, JsonLines):
-        with source.path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-        return digest.hexdigest()
-    if isinstance(source, IterableDataset):
-        rows: Iterable[Any] = islice(source, FINGERPRINT_STREAM_ROWS)
-    else:
-        digest.update(str(len(source)).encode())
-        rows = (source[i] for i in range(0, len(source), max(1, len(source) // FINGERPRINT_ROWS)))
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def place_of(source: Source, name: str, index: int) -> str:
-    """How errors name row `index` (from 0) of a source."""
-    return source.place(index) if isinstance(source, JsonLines) else f"{name}, row {index + 1}"
-
-
-def parse_row(raw: Any, place: str) -> Row:
-    """A checked `Row`.
+def parse_row(raw: Any, place: str, from_arrow: bool = False) -> Row:
+    """A checked `Row`. With `from_arrow`, nulls inside dicts are the padding of other rows' keys, and dropped.
 
     Raises:
         ValueError: for a row of another shape; the text starts with `place`.
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f"{place}: a row must be a dict, is a {type(raw).__name__}")
-    messages, prompt, completion = raw.get("messages"), raw.get("prompt"), raw.get("completion")
-    if raw.get("tools"):
-        raise ValueError(f"{place}: `tools` is not supported: describe the tools in a system message")
-    if messages is not None and prompt is not None:
-        raise ValueError(f"{place}: has both `messages` and `prompt`: keep one")
-    if messages is not None:
-        return Row(place, messages=check_messages(messages, place, "messages"))
-    if prompt is None:
-        columns = ", ".join(map(str, raw)) or "none"
-        raise ValueError(
-            f"{place}: needs `messages`, or `prompt` and `completion`, or `prompt`; its columns: {columns}"
-        )
-    if isinstance(prompt, str):
+    refuse_columns(raw, place)
+    messages, prompt, completion = (raw.get(name) for name in ("messages", "prompt", "completion"))
+    tools = read_tools(raw.get("tools"), place, from_arrow)
+    template_kwargs = read_template_kwargs(raw.get("chat_template_kwargs"), place, from_arrow)
+    notes: tuple[str, ...] = ()
+    if messages is None and isinstance(prompt, str):
+        if tools or template_kwargs:
+            raise ValueError(
+                f"{place}: `tools` and `chat_template_kwargs` go into the chat template, which a `prompt` of plain "
+                "text does not pass: give `messages`"
+            )
         check_text(prompt, f"{place}: prompt")
         if completion is not None:
             check_text(completion, f"{place}: completion")
         return Row(place, prompt=prompt, completion=completion)
-    turns = check_messages(prompt, place, "prompt")
-    if completion is None:
-        return Row(place, messages=turns, first_response=len(turns))
-    answer = check_messages(completion, place, "completion", turns)
+    if messages is not None:
+        if prompt is not None or completion is not None:
+            other = "prompt" if prompt is not None else "completion"
+            notes = (f"`messages` win over `{other}`, which is not used",)
+        checked, trained = check_messages(messages, place, "messages", from_arrow)
+    elif prompt is not None:
+        checked, trained = check_messages(prompt, place, "prompt", from_arrow)
+        if any(trained.values()):
+            raise ValueError(
+                f"{place}: `prompt` has a message with a weight above 0, and is context as a whole: put what follows "
+                "the context into `completion`"
+            )
+    else:
+        columns = ", ".join(map(str, raw)) or "none"
+        raise ValueError(
+            f"{place}: needs `messages`, or `prompt` and `completion`, or `prompt`; its columns: {columns}"
+        )
+    check_ends(checked, place, "prompt" if messages is None else "messages")
+    if messages is not None:
+        checked, responses = choose_responses(checked, trained, place)
+    elif completion is None:
+        responses = ()
+    else:
+        checked, responses = join_completion(checked, completion, place, from_arrow)
+    return Row(place, checked, responses, tools=tools, template_kwargs=template_kwargs, notes=notes)
+
+
+def refuse_columns(raw: Mapping[str, Any], place: str) -> None:
+    """Raise ValueError for a column that has a meaning elsewhere and none here."""
+    for name in MEDIA:
+        if is_filled(raw.get(name)):
+            raise ValueError(f"{place}: `{name}` has content: this engine trains on text alone")
+    if raw.get("messages") is None and raw.get("prompt") is None:
+        for name in ("conversations", "conversation"):
+            turns = raw.get(name)
+            if not is_filled(turns):
+                continue
+            first = turns[0] if isinstance(turns, (list, tuple)) else None
+            if isinstance(first, Mapping) and "role" in first:
+                raise ValueError(f"{place}: rename the column `{name}` to `messages`")
+            raise ValueError(f"{place}: `{name}` {SHAREGPT}")
+    if isinstance(raw.get("label"), bool) and raw.get("completion") is not None:
+        raise ValueError(
+            f"{place}: `label` marks good and bad completions, which would be trained on alike: keep the rows with "
+            "label true and remove the column"
+        )
+    system = raw.get("system")
+    if isinstance(system, str) and system.strip() and not starts_with_system(raw.get("messages")):
+        raise ValueError(f"{place}: `system` has text: make it the first of the `messages`, with role system")
+
+
+def starts_with_system(messages: Any) -> bool:
+    first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
+    return isinstance(first, Mapping) and first.get("role") == "system"
+
+
+def join_completion(
+    prompt: list[dict[str, Any]], completion: Any, place: str, from_arrow: bool
+) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    """The messages of prompt and completion, and which of them are trained on."""
+    answer, trained = check_messages(completion, place, "completion", from_arrow)
     if answer[-1]["role"] != "assistant":
         raise ValueError(f"{place}: completion must end in an assistant turn, ends in {answer[-1]['role']!r}")
-    return Row(place, messages=turns + answer, first_response=len(turns))
+    responses = tuple(
+        len(prompt) + i
+        for i, message in enumerate(answer)
+        if message["role"] == "assistant" and trained[i] is not False
+    )
+    if not responses:
+        raise ValueError(f"{place}: every assistant turn of `completion` has weight 0: nothing is left to train on")
+    messages = prompt + answer
+    return messages[: responses[-1] + 1], responses
 
 
-def check_messages(messages: Any, place: str, column: str, before: list[dict] | None = None) -> list[dict[str, Any]]:
-    """The messages as plain dicts without empty keys; `before` are those that precede them."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"{place}: `{column}` must be a list of messages with at least one, is {messages!r:.80}")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        where = f"{place}: {column} {number}"
-        if not isinstance(message, Mapping):
-            raise ValueError(f"{where} must be a dict with `role` and `content`, is {message!r:.80}")
-        role = message.get("role")
-        if role not in ROLES:
-            raise ValueError(f"{where} has role {role!r}: must be one of {', '.join(ROLES)}")
-        kept = {key: value for key, value in message.items() if value is not None}
-        if role == "assistant" and kept.get("tool_calls"):
-            kept.setdefault("content", "")
-        else:
-            check_text(kept.get("content"), f"{where} ({role}): content")
-        checked.append(kept)
-    if before is None and checked[0]["role"] == "assistant":
+def choose_responses(
+    messages: list[dict[str, Any]], trained: dict[int, bool | None], place: str
+) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    """The messages up to the last one that is trained on, and the numbers of those that are.
+
+    Messages that do not end in an assistant turn are a prompt alone, unless a turn is marked for training by name.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    responses = tuple(i for i in turns if trained[i] is not False)
+    if messages[-1]["role"] != "assistant" and not any(trained.values()):
+        return messages, ()
+    if not responses:
+        raise ValueError(
+            f"{place}: every assistant turn has weight 0, and the last message is one of them: give one weight 1, or "
+            "end with the user's turn for a prompt alone"
+        )
+    return messages[: responses[-1] + 1], responses
+
+
+def check_ends(messages: list[dict[str, Any]], place: str, column: str) -> None:
+    if messages[0]["role"] == "assistant":
         raise ValueError(f"{place}: `{column}` starts with an assistant turn, which nothing asks for")
-    if before is None and checked[-1]["role"] == "system":
+    if messages[-1]["role"] == "system":
         raise ValueError(f"{place}: `{column}` has no user turn after the last system message, so nothing to answer")
-    return checked
 
 
-def check_text(value: Any, what: str) -> None:
-    if value is None:
-        raise ValueError(f"{what} is missing")
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, is a {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{what} is empty")
+def read_tools(tools: Any, place: str, from_arrow: bool) -> list[dict[str, Any]] | None:
+    """The tools that the template describes: a list of dicts, or JSON text of it or of each; None without any."""
+    tools = read_json(tools, f"{place}: tools")
+    if not tools:
+        return None
+    if not isinstance(tools, (list, tuple)):
+        raise ValueError(f"{place}: `tools` must be a list of dicts or its JSON text, is {tools!r:.80}")
+    read = [read_json(tool, f"{place}: tools {number}") for number, tool in enumerate(tools, start=1)]
+    for number, tool in enumerate(read, start=1):
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"{place}: tools {number} must be a dict, is {tool!r:.80}")
+    return [without_nulls(tool) if from_arrow else dict(tool) for tool in read]
+
+
+def read_template_kwargs(values: Any, place: str, from_arrow: bool) -> dict[str, Any]:
+    """The row's own variables of the chat template."""
+    values = read_json(values, f"{place}: chat_template_kwargs")
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{place}: `chat_template_kwargs` must be a dict or its JSON text, is {values!r:.80}")
+    taken = sorted(RESERVED_TEMPLATE_KWARGS & set(values))
+    if taken:
+        raise ValueError(f"{place}: chat_template_kwargs has `{taken[0]}`, which the engine sets itself")
+    return without_nulls(values) if from_arrow else dict(values)

@@ -56,7 +56,7 @@ class GKDTrainer:
             config.teacher_model_name_or_path, teacher_model = teacher_model, None
         inputs = Inputs(model, teacher_model, processing_class or tokenizer, train_dataset, eval_dataset)
         self.run = assemble(config, inputs)
-        self.state = TrainState()
+        self.state = TrainState(started=self.run.started)
         self.rollouts: list[list[Sample]] | None = None  # the batch that `rollout_reuse` steps share
         self.evaluations: list[Evaluation] = []
         self.watch = Watch(config, self.run.device)
@@ -77,6 +77,7 @@ class GKDTrainer:
         run, config = self.run, self.config
         if run.resume_from is not None:
             self.state = run.checkpoints.load(run.resume_from, run.student.engine)
+            self.state.started = run.started
             self.rollouts = run.checkpoints.load_rollouts(run.resume_from)
         extra = {"deepspeed_resolved": run.deepspeed_settings, "world_size": run.world_size}
         self.tracker = Tracker(config, Path(config.output_dir), run.rank == 0, self.state.run_id, extra)
@@ -161,10 +162,15 @@ class GKDTrainer:
         metrics = {"train/on_policy": float(on_policy)}
         if on_policy and age and self.rollouts is not None:
             return self.rollouts, metrics | {"rollout/staleness": float(age)}
-        samples = run.data.step_batches(state.batches)  # (x, y) ~ (X, Y)
-        state.batches += 1
+        writes = on_policy or config.seq_kd
+        if not writes and run.data.lacks_answers(state.batches):
+            samples = run.data.step_batches(state.answered_batches, answered=True)
+            state.answered_batches += 1
+        else:
+            samples = run.data.step_batches(state.batches)  # (x, y) ~ (X, Y)
+            state.batches += 1
         self.rollouts = None
-        if on_policy or config.seq_kd:
+        if writes:
             writer = run.student if on_policy else run.teacher  # y ~ p_S(.|x), or p_T(.|x)
             with self.tracker.time("rollout"):
                 samples, rollout_metrics = run.rollout.generate(samples, state.step, writer)

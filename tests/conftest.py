@@ -1,10 +1,19 @@
 """Fixtures that several suites share."""
 
+import os
+import tempfile
+
 import pytest
 
 from tests.ranks import Ranks
 
+_cache = tempfile.TemporaryDirectory(prefix="datasets_")
 _worlds: dict[int, Ranks] = {}
+
+
+def pytest_configure():
+    """Token ids that tests write go where no run looks for them; `datasets` reads the variable when it is imported."""
+    os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 
 @pytest.fixture(scope="session")

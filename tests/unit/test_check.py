@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from engine.check import differences, merge_problems
 from engine.hosts import by_host
-from engine.rows import JsonLines, fingerprint
+from engine.sources import JsonLines, fingerprint
 
 WHERE = ["n1", "n1", "n2", "n2"]
 

@@ -11,9 +11,12 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.chat import encode_conversation
 from engine.config import GKDConfig
-from engine.data import MapRows, StepData, StreamRows, build_rows, eval_batches
+from engine.data import StepData, build_rows, eval_batches
+from engine.encoding import RowEncoder
 from engine.order import DataOrder, epoch_generator, shuffled
-from engine.rows import JsonLines, load_rows, parse_row
+from engine.rows import parse_row
+from engine.selection import MapRows, RowRules, StreamRows
+from engine.sources import JsonLines, load_rows
 
 GOLDEN_PERMUTATION = [3, 1, 5, 7, 4, 0, 6, 2]  # seed 42, epoch 0
 
@@ -53,6 +56,10 @@ def config(**values) -> GKDConfig:
     return GKDConfig(**({"max_length": 200, "max_new_tokens": 8, "per_device_train_batch_size": 2} | values))
 
 
+def build(rows_type, rows, tokenizer, max_length=200, rank=0, **rules):
+    return rows_type(rows, RowEncoder(tokenizer, max_length), "rows", RowRules(**rules), rank)
+
+
 def question_number(tokenizer, sample) -> int:
     return int(tokenizer.decode(sample.prompt_ids).split("question ")[1].split("<")[0])
 
@@ -85,16 +92,16 @@ def test_every_source_gives_the_same_samples(kind, streaming, tokenizer, tmp_pat
         write_jsonl(path / name, rows)
     settings = config(dataset_name=str(path), dataset_streaming=streaming, max_steps=5)
     found = StepData(build_rows(None, tokenizer, settings, "train"), settings, 1, 0)
-    expected = StepData(MapRows(rows, tokenizer, 200, "rows"), settings, 1, 0)
+    expected = StepData(build(MapRows, rows, tokenizer), settings, 1, 0)
     if streaming:
-        expected = StepData(StreamRows(rows, tokenizer, 200, "rows"), settings, 1, 0)
+        expected = StepData(build(StreamRows, rows, tokenizer), settings, 1, 0)
     assert [found.step_batches(step) for step in range(5)] == [expected.step_batches(step) for step in range(5)]
 
 
 def test_dataset_objects(tokenizer):
     rows, settings = dialogues(4), config(max_steps=3)
     dataset = Dataset.from_list(rows)
-    expected = MapRows(rows, tokenizer, 200, "rows")
+    expected = build(MapRows, rows, tokenizer)
     for data in (rows, dataset, dataset.with_format("torch"), DatasetDict(train=dataset)):
         built = build_rows(data, tokenizer, settings, "train")
         assert [built[i] for i in range(4)] == [expected[i] for i in range(4)]
@@ -162,13 +169,12 @@ BAD_ROWS = [
     ({"messages": talk("hi", "yo")[1:]}, "starts with an assistant turn"),
     ({"messages": [{"role": "system", "content": "be kind"}]}, "nothing to answer"),
     ({"text": "hi"}, "needs `messages`, or `prompt`.*its columns: text"),
-    ({"prompt": "hi", "messages": talk("hi")}, "both `messages` and `prompt`"),
     ({"prompt": ""}, "prompt is empty"),
     ({"prompt": "hi", "completion": ""}, "completion is empty"),
     ({"prompt": "hi", "completion": talk("hi", "yo")[1:]}, "completion must be text"),
     ({"prompt": talk("hi"), "completion": "yo"}, "`completion` must be a list of messages"),
     ({"prompt": talk("hi"), "completion": talk("hi")}, "completion must end in an assistant turn"),
-    ({"messages": talk("hi", "yo"), "tools": [{"name": "f"}]}, "`tools` is not supported"),
+    ({"messages": talk("hi", "yo"), "tools": [{"name": "f"}]}, "has `tools`, and the chat template writes none"),
     ("hi", "a row must be a dict"),
 ]
 
@@ -178,7 +184,7 @@ def test_bad_row_is_named(row, message, tokenizer, tmp_path):
     rows = [*dialogues(2), row]
     with pytest.raises(ValueError, match="train_dataset, row 3: .*" + message):
         build_rows(rows, tokenizer, config(), "train")
-    stream = StepData(StreamRows(rows, tokenizer, 200, "rows"), config(), 1, 0, shuffle=False)
+    stream = StepData(build(StreamRows, rows, tokenizer), config(), 1, 0, shuffle=False)
     stream.step_batches(0)
     with pytest.raises(ValueError, match="rows, row 3: .*" + message):
         stream.step_batches(1)
@@ -213,7 +219,7 @@ def test_empty_dataset(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="none.jsonl.* is empty"):
         build_rows(None, tokenizer, config(dataset_name=str(tmp_path / "none.jsonl")), "train")
     with pytest.raises(ValueError, match="rows is empty"):
-        StepData(StreamRows([], tokenizer, 200, "rows"), config(), 1, 0).step_batches(0)
+        StepData(build(StreamRows, [], tokenizer), config(), 1, 0).step_batches(0)
 
 
 def test_prompts_alone_need_lmbda_one_or_seq_kd(tokenizer):
@@ -228,7 +234,7 @@ def test_prompts_alone_need_lmbda_one_or_seq_kd(tokenizer):
     mixed = build_rows(prompts + dialogues(1), tokenizer, config(lmbda=0.9), "train")
     assert [mixed[i].num_response_tokens for i in range(4)] == [0, 0, 0, len("answer 0") + 1]
     with pytest.raises(ValueError, match="none has an assistant turn"):
-        rows = StreamRows(prompts, tokenizer, 200, "rows", needs_completion=True)
+        rows = build(StreamRows, prompts, tokenizer, answers="some")
         StepData(rows, config(), 1, 0, shuffle=False).step_batches(1)
 
 
@@ -249,19 +255,19 @@ def test_template_error_names_the_row_before_training(tokenizer):
 
 def test_completion_is_cut_and_prompt_is_not(tokenizer):
     rows = [{"prompt": "p" * 10, "completion": "c" * 30}, {"messages": talk("u" * 8, "a" * 30)}]
-    plain, chat = (MapRows(rows, tokenizer, 16, "rows")[i] for i in range(2))
+    plain, chat = (build(MapRows, rows, tokenizer, 16)[i] for i in range(2))
     assert tokenizer.decode(plain.input_ids) == "p" * 10 + "c" * 6
     assert plain.response_mask == [False] * 10 + [True] * 6 and plain.prompt_ids == plain.input_ids[:10]
     assert tokenizer.decode(chat.input_ids) == "<u>" + "u" * 8 + "<eos><a>" + "a" * 5
     assert chat.num_response_tokens == 5 and len(chat.prompt_ids) == 11
-    whole = MapRows(rows, tokenizer, 41, "rows")[0]
+    whole = build(MapRows, rows, tokenizer, 41)[0]
     assert len(whole.input_ids) == 41 and tokenizer.decode(whole.input_ids).endswith("c<eos>")
 
 
 def test_conversation_loses_its_last_turns_first(tokenizer):
     messages = talk("u" * 5, "a" * 5, "v" * 20, "b" * 5)
     row = {"messages": messages}
-    sizes = {size: MapRows([row], tokenizer, size, "rows")[0] for size in (10, 30, 37, 38, 60)}
+    sizes = {size: build(MapRows, [row], tokenizer, size)[0] for size in (10, 30, 37, 38, 60)}
     first = encode_conversation(tokenizer, messages[:2])
     for size in (30, 37):  # 37 tokens are the whole second prompt
         assert (sizes[size].prompt_ids, sizes[size].input_ids, sizes[size].response_mask) == first
@@ -272,14 +278,14 @@ def test_conversation_loses_its_last_turns_first(tokenizer):
     )
     context = {"prompt": messages[:3], "completion": messages[3:]}
     with pytest.raises(ValueError, match="every prompt fills max_length=30"):
-        MapRows([context], tokenizer, 30, "rows")  # its prompt has an answer, but none that may be trained on
+        build(MapRows, [context], tokenizer, 30)  # its prompt has an answer, but none that may be trained on
 
 
 @pytest.mark.parametrize("rows_type", [MapRows, StreamRows])
 def test_prompts_without_room_are_dropped_and_counted(rows_type, tokenizer, caplog):
     rows = [{"prompt": "p" * size, "completion": "c"} for size in (19, 20, 21, 5)] + [{"prompt": "q" * 20}]
     with caplog.at_level(logging.WARNING):
-        data = StepData(rows_type(rows, tokenizer, 20, "rows"), config(), 1, 0, shuffle=False)
+        data = StepData(build(rows_type, rows, tokenizer, 20), config(), 1, 0, shuffle=False)
         samples = [sample for step in (0, 1) for sample in data.step_batches(step)[0]]
     assert [len(sample.prompt_ids) for sample in samples] == [19, 5, 19, 5]
     assert [len(sample.input_ids) for sample in samples] == [20, 7, 20, 7]
@@ -287,11 +293,11 @@ def test_prompts_without_room_are_dropped_and_counted(rows_type, tokenizer, capl
         "rows: dropped 3 of 5 rows, whose prompt fills max_length=20 tokens"
     ]
     caplog.clear()
-    quiet = StepData(rows_type(rows, tokenizer, 20, "rows", rank=1), config(), 1, 0, shuffle=False)
+    quiet = StepData(build(rows_type, rows, tokenizer, 20, rank=1), config(), 1, 0, shuffle=False)
     quiet.step_batches(1)
     assert not caplog.records
     with pytest.raises(ValueError, match="every prompt fills max_length=20 tokens"):
-        StepData(rows_type(rows[1:3], tokenizer, 20, "rows"), config(), 1, 0).step_batches(0)
+        StepData(build(rows_type, rows[1:3], tokenizer, 20), config(), 1, 0).step_batches(0)
 
 
 @pytest.mark.parametrize("added", ["", "x" * 25])
@@ -299,7 +305,7 @@ def test_measuring_a_prompt_never_disagrees_with_tokenising_it(added, tokenizer,
     monkeypatch.setattr(tokenizer, "chat_template", added + TEMPLATE)
     rows = [{"messages": talk("u" * size, "a", "v", "b")} for size in range(1, 31)] + [{"prompt": "p\u00e9" * 9}]
     for max_length in (30, 40, 50):
-        kept = MapRows(rows, tokenizer, max_length, "rows")
+        kept = build(MapRows, rows, tokenizer, max_length)
         expected = [i for i in range(30) if i + 1 + 3 + len(added) < max_length] + [30] * (27 < max_length)
         assert [kept[i].index for i in range(len(kept))] == expected
 
@@ -334,7 +340,7 @@ def global_batches(rows, world_size, accumulation, batch, steps, shuffle=True, s
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_order_is_the_same_at_any_world_size_and_split(rows_type, shuffle, tokenizer):
     def rows():
-        return rows_type(dialogues(11), tokenizer, 200, "rows")
+        return build(rows_type, dialogues(11), tokenizer)
 
     whole = global_batches(rows, 1, 1, 8, steps=5, shuffle=shuffle)
     for world_size, accumulation, batch in [(1, 2, 4), (2, 1, 4), (2, 2, 2), (4, 1, 2), (4, 2, 1), (1, 8, 1)]:
@@ -344,7 +350,7 @@ def test_order_is_the_same_at_any_world_size_and_split(rows_type, shuffle, token
 @pytest.mark.parametrize("rows_type", [MapRows, StreamRows])
 def test_every_row_once_per_epoch_and_epochs_differ(rows_type, tokenizer):
     def stream(seed):
-        batches = global_batches(lambda: rows_type(dialogues(11), tokenizer, 200, "rows"), 1, 1, 4, 11, seed=seed)
+        batches = global_batches(lambda: build(rows_type, dialogues(11), tokenizer), 1, 1, 4, 11, seed=seed)
         return [question_number(tokenizer, sample) for batch in batches for sample in batch]
 
     numbers = stream(seed=3)
@@ -356,16 +362,16 @@ def test_every_row_once_per_epoch_and_epochs_differ(rows_type, tokenizer):
 
 def test_unshuffled_stream_equals_random_access(tokenizer):
     rows = dialogues(9)
-    mapped = global_batches(lambda: MapRows(rows, tokenizer, 200, "rows"), 2, 1, 2, 6, shuffle=False)
+    mapped = global_batches(lambda: build(MapRows, rows, tokenizer), 2, 1, 2, 6, shuffle=False)
     stream = Dataset.from_list(rows).to_iterable_dataset()
-    assert global_batches(lambda: StreamRows(stream, tokenizer, 200, "rows"), 2, 1, 2, 6, shuffle=False) == mapped
+    assert global_batches(lambda: build(StreamRows, stream, tokenizer), 2, 1, 2, 6, shuffle=False) == mapped
     assert [question_number(tokenizer, sample) for sample in mapped[2]] == [8, 0, 1, 2]
 
 
 @pytest.mark.parametrize("rows_type", [MapRows, StreamRows])
 def test_resume_and_going_back(rows_type, tokenizer):
     def data():
-        return StepData(rows_type(dialogues(11), tokenizer, 200, "rows"), config(), 2, 1)
+        return StepData(build(rows_type, dialogues(11), tokenizer), config(), 2, 1)
 
     forward = data()
     steps = [forward.step_batches(step) for step in range(9)]
@@ -383,7 +389,7 @@ def test_stream_reads_no_further_than_it_needs(tokenizer):
                 yield row
 
     source = Counted(dialogues(50))
-    data = StepData(StreamRows(source, tokenizer, 200, "rows"), config(), 2, 0, shuffle=False)
+    data = StepData(build(StreamRows, source, tokenizer), config(), 2, 0, shuffle=False)
     data.step_batches(0)
     data.step_batches(1)
     assert source.read == 8
@@ -405,16 +411,16 @@ def test_shuffle_buffer_loses_nothing():
 
 def test_lengths_of_a_run(tokenizer):
     settings = config(per_device_train_batch_size=2, gradient_accumulation_steps=3)
-    data = StepData(MapRows(dialogues(30), tokenizer, 200, "rows"), settings, 2, 0)
+    data = StepData(build(MapRows, dialogues(30), tokenizer), settings, 2, 0)
     assert (data.num_rows, data.global_batch, data.steps_per_epoch(12)) == (30, 12, 2.5)
     with pytest.raises(ValueError, match="set max_steps"):
-        StepData(StreamRows(dialogues(3), tokenizer, 200, "rows"), settings, 2, 0).num_rows  # noqa: B018
+        StepData(build(StreamRows, dialogues(3), tokenizer), settings, 2, 0).num_rows  # noqa: B018
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_eval_uses_every_row_once(num_rows, world_size, tokenizer):
-    rows = MapRows([{"prompt": "p" * 300}, *dialogues(num_rows)], tokenizer, 200, "rows")
+    rows = build(MapRows, [{"prompt": "p" * 300}, *dialogues(num_rows)], tokenizer)
     shares = [eval_batches(rows, rank, world_size, 2) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     samples = [sample for share in shares for batch in share for sample in batch]
