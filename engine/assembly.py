@@ -17,7 +17,7 @@ from torch import nn
 from engine import check, hosts, zero
 from engine.backbone import download_model, read_model_config
 from engine.batch import Sample
-from engine.chat import check_same_vocabulary, stop_token_ids
+from engine.chat import stop_token_ids
 from engine.checkpoint import Checkpoints
 from engine.config import GKDConfig
 from engine.data import MapRows, StepData, build_rows, eval_batches
@@ -34,6 +34,7 @@ from engine.startup import init_distributed
 from engine.student import Student, build_student
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
 from engine.tokenizer import load_tokenizer, prepare_tokenizer
+from engine.vocabulary import check_same_vocabulary
 
 
 @dataclass

@@ -233,39 +233,6 @@ def is_inside(text: str, start: int, end: int, span: tuple[int, int]) -> bool:
     return (inner_start, inner_end) == (start, end) or bool(text[inner_start:inner_end].strip())
 
 
-def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless both tokenizers mean the same by every token and id that both have.
-
-    One may have more tokens than the other, and the embeddings any number of padding rows.
-    """
-    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
-    student_tokens = {token_id: token for token, token_id in student_ids.items()}
-    teacher_tokens = {token_id: token for token, token_id in teacher_ids.items()}
-    advice = "GKD compares distributions id by id: use a student and a teacher of one model family"
-    shared = student_tokens.keys() & teacher_tokens.keys()
-    different = sorted(i for i in shared if student_tokens[i] != teacher_tokens[i])
-    if different or not shared:
-        shown = ", ".join(f"id {i} is {student_tokens[i]!r} and {teacher_tokens[i]!r}" for i in different[:3])
-        raise ValueError(
-            f"student and teacher tokenizers differ at {len(different)} of {len(shared)} shared ids "
-            f"(student, teacher: {shown or 'no id in common'}). {advice}"
-        )
-    moved = sorted(t for t in student_ids.keys() & teacher_ids.keys() if student_ids[t] != teacher_ids[t])
-    if moved:
-        token = moved[0]
-        raise ValueError(
-            f"student and teacher tokenizers differ: token {token!r} is id {student_ids[token]} for the student and "
-            f"{teacher_ids[token]} for the teacher. {advice}"
-        )
-    if student.eos_token_id != teacher.eos_token_id:  # common and legitimate: a base student, an instruct teacher
-        logger.warning(
-            "the tokenizers end a text differently: eos is %r for the student and %r for the teacher; completions "
-            "stop at the student's and at its chat template's end of turn",
-            student.eos_token,
-            teacher.eos_token,
-        )
-
-
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config_eos: int | list[int] | None = None
 ) -> list[int]:

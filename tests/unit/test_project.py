@@ -29,6 +29,7 @@ LEVELS = {
         "order",
         "rows",
         "tokenizer",
+        "vocabulary",
         "volume",
         "signals",
         "manifest",
