@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from itertools import count as count_up
@@ -26,6 +27,7 @@ from engine.chat import Encoded, encode_conversation, encode_prompt, encode_prom
 from engine.config import GKDConfig
 from engine.order import DataOrder, epoch_generator, shuffled
 from engine.rows import Row, Source, as_source, load_rows, parse_row, place_of
+from engine.vocabulary import check_ids
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ SLACK_TOKENS = 16  # bos, and whatever a tokenizer adds at the edges of a text
 class SampleEncoder:
     """Rows to samples of at most `max_length` tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, num_embeddings: int = sys.maxsize) -> None:
+        self._tokenizer, self._num_embeddings = tokenizer, num_embeddings
         self._max_length = max_length
         self._template_tokens: dict[tuple[str, ...], int] = {}
 
@@ -45,10 +47,13 @@ class SampleEncoder:
         """The sample; None where the prompt leaves no room for a token.
 
         Raises:
-            ValueError: where the chat template cannot express the row; the text names the row.
+            ValueError: where the chat template cannot express the row, or the models lack one of its tokens; the
+                text names the row.
         """
         try:
             encoded = self._encode_fitting(row)
+            if encoded is not None:
+                check_ids((*encoded[0], *encoded[1]), self._num_embeddings, self._tokenizer)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
         if encoded is None:
@@ -80,6 +85,8 @@ class SampleEncoder:
         Raises:
             ValueError: as `encode`.
         """
+        if len(self._tokenizer) > self._num_embeddings:  # only the ids themselves say whether the models have them
+            return self.encode(row, 0) is not None
         if row.messages is None:
             return len(row.prompt.encode()) + SLACK_TOKENS < self._max_length or self.encode(row, 0) is not None
         prompt = row.messages[:-1] if row.has_completion else row.messages
@@ -110,6 +117,7 @@ class Rows:
         limit: use only the first so many rows.
         needs_completion: at least one row must have an answer to train on.
         rank: the number of dropped rows is logged on rank 0.
+        num_embeddings: rows that the models' embeddings share; an id beyond them is an error.
     """
 
     def __init__(
@@ -121,10 +129,11 @@ class Rows:
         limit: int | None = None,
         needs_completion: bool = False,
         rank: int = 0,
+        num_embeddings: int = sys.maxsize,
     ) -> None:
         self._source, self._name, self._limit = source, name, limit
         self._needs_completion, self._max_length, self._rank = needs_completion, max_length, rank
-        self._encoder = SampleEncoder(tokenizer, max_length)
+        self._encoder = SampleEncoder(tokenizer, max_length, num_embeddings)
 
     @property
     def source(self) -> Source:
@@ -241,7 +250,12 @@ class StreamRows(Rows):
 
 
 def build_rows(
-    data: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig, split: str, rank: int = 0
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GKDConfig,
+    split: str,
+    rank: int = 0,
+    num_embeddings: int = sys.maxsize,
 ) -> MapRows | StreamRows:
     """The checked rows of `data` (a dataset object, or None for `config.dataset_name`), before any model loads.
 
@@ -266,7 +280,7 @@ def build_rows(
     if is_stream and config.max_steps < 0:
         raise ValueError(f"{name}: a stream has no length, so set max_steps")
     rows_type = StreamRows if is_stream else MapRows
-    return rows_type(source, tokenizer, config.max_length, name, limit, needs_completion, rank)
+    return rows_type(source, tokenizer, config.max_length, name, limit, needs_completion, rank, num_embeddings)
 
 
 class StepData:
