@@ -30,6 +30,7 @@ LEVELS = {
         "rows",
         "tokenizer",
         "vocabulary",
+        "weights",
         "volume",
         "signals",
         "manifest",
