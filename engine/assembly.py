@@ -5,6 +5,7 @@ Everything that can be wrong with the input is checked before a model's weights 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -18,7 +19,7 @@ from torch import nn
 from engine import check, hosts, zero
 from engine.backbone import check_positions, download_model, read_model_config
 from engine.batch import Sample
-from engine.chat import check_same_vocabulary, stop_token_ids
+from engine.chat import stop_token_ids
 from engine.checkpoint import Checkpoints, started_on
 from engine.config import GKDConfig
 from engine.data import StepData, build_rows, eval_batches
@@ -34,7 +35,10 @@ from engine.settings import resolve_deepspeed, teacher_settings
 from engine.startup import init_distributed
 from engine.student import Student, build_student
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
-from engine.tokenizer import load_tokenizer, prepare_tokenizer
+from engine.tokenizer import load_tokenizer, load_tokenizer_at_hand, plain_tokenizer, prepare_tokenizer
+from engine.vocabulary import check_ids, check_same_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Inputs:
     tokenizer: Any = None
     train_dataset: Any = None
     eval_dataset: Any = None
+    teacher_tokenizer: Any = None
 
 
 @dataclass
@@ -149,11 +154,15 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
     if wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
         raise ValueError("eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both")
     if train:
-        rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank, now)
+        rows = build_rows(
+            inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank, now, shared_vocab_size
+        )
         data = StepData(rows, config, world_size, rank)
         fingerprints[config.dataset_train_split] = rows.fingerprint
     if inputs.eval_dataset is not None or wants_evaluation:
-        rows = build_rows(inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank, now)
+        rows = build_rows(
+            inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank, now, shared_vocab_size
+        )
         assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
         evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
         fingerprints[config.dataset_test_split] = rows.fingerprint
@@ -179,20 +188,31 @@ def _model_config(model: nn.Module | None, name: str | None, field: str, config:
 def _tokenizer(config: GKDConfig, inputs: Inputs, shared_vocab_size: int) -> Any:
     """The student's tokenizer, which the teacher must share."""
     if inputs.tokenizer is not None:
-        tokenizer = prepare_tokenizer(inputs.tokenizer)
+        tokenizer = prepare_tokenizer(plain_tokenizer(inputs.tokenizer))
     elif config.model_name_or_path is not None:
         tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     else:
         raise ValueError("a model object came without its tokenizer: pass processing_class=")
-    if len(tokenizer) > shared_vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids and the models share only {shared_vocab_size}: resize the smaller "
-            "model's embeddings, or use a teacher of the same family"
+    check_ids(stop_token_ids(tokenizer), shared_vocab_size, tokenizer)  # more ids than rows are no fault of their own
+    teacher_tokenizer = _teacher_tokenizer(config, inputs)
+    if teacher_tokenizer is None:
+        logger.warning(
+            "the teacher came as an object without a tokenizer: that its ids mean what the student's do was not "
+            "checked. Pass teacher_processing_class="
         )
+    else:
+        check_same_vocabulary(tokenizer, teacher_tokenizer, config.allow_token_renames)
+    return tokenizer
+
+
+def _teacher_tokenizer(config: GKDConfig, inputs: Inputs) -> Any:
+    """The teacher's tokenizer; None for an object that nobody knows the tokenizer of."""
+    if inputs.teacher_tokenizer is not None:
+        return plain_tokenizer(inputs.teacher_tokenizer)
     if inputs.teacher_model is None:
         assert config.teacher_model_name_or_path is not None  # `_model_config` has read it
-        check_same_vocabulary(tokenizer, load_tokenizer(config.teacher_model_name_or_path, config.trust_remote_code))
-    return tokenizer
+        return load_tokenizer(config.teacher_model_name_or_path, config.trust_remote_code)
+    return load_tokenizer_at_hand(inputs.teacher_model.config.name_or_path, config.trust_remote_code)
 
 
 def count_steps(config: GKDConfig, data: StepData) -> int:
@@ -206,8 +226,10 @@ def build_sampling(config: GKDConfig, tokenizer: Any, model: nn.Module, shared_v
     context_size = min(
         config.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", config.max_length)
     )
+    stop_ids = stop_token_ids(tokenizer, model.generation_config.eos_token_id)
+    check_ids(stop_ids, shared_vocab_size, tokenizer)
     return Sampling(
-        stop_ids=tuple(stop_token_ids(tokenizer, model.generation_config.eos_token_id)),
+        stop_ids=tuple(stop_ids),
         vocab_size=min(shared_vocab_size, len(tokenizer)),
         context_size=context_size,
         max_new_tokens=config.max_new_tokens,

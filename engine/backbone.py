@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from engine.batch import PackedBatch
 from engine.config import GKDConfig
 from engine.shards import load_partitioned
+from engine.weights import check_complete, check_files, raise_together
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     transformers converts, are read by rank 0, which scatters one tensor at a time.
 
     Raises:
-        ValueError: where there is no such model.
+        ValueError: where there is no such model, or its files lack a tensor or have it in another shape.
     """
     options = {"dtype": compute_dtype(config), "attn_implementation": config.attn_implementation}
     options["trust_remote_code"] = config.trust_remote_code
@@ -75,22 +77,30 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
         # Looking the class up imports its file. Imported inside DeepSpeed's zero.Init (0.19.8), classes would lose what
         # decorators add to their __init__ when that context ends, as the experts of MoE models do.
         MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-        model = load_partitioned(name, model_config, zero_settings, **options)
+        model = load_partitioned(name, AutoModelForCausalLM, model_config, zero_settings, **options)
         if model is not None:
             model.generation_config = read_generation_config(name, model)
             return model
     # transformers partitions inside from_pretrained while this object lives; afterwards it would switch generate's
     # synced_gpus on by itself.
     partitioning = nullcontext() if zero_settings is None else HfDeepSpeedConfig(zero_settings)
+    model, problem = None, None
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-    except OSError as error:
-        raise ValueError(
-            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
-        ) from error
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=zero_settings is None, **options
+        )
+        check_complete(name, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"])
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:  # under ZeRO-3 some are rank 0's alone
+        problem = " ".join(str(error).split())
     finally:
         del partitioning
         unset_hf_deepspeed_config()
+    if problem is not None and not problem.startswith("model "):
+        problem = f"model {name!r} could not be loaded: {problem}"
+    raise_together(problem)
+    return model
 
 
 def read_generation_config(name: str, model: nn.Module) -> GenerationConfig:
@@ -150,14 +160,15 @@ def check_positions(model_config: Any, max_length: int, who: str, may_warn: bool
 
 
 def download_model(name: str) -> None:
-    """Fetch a hub model's files into this host's cache; a local folder needs nothing. The weights are `*.safetensors`,
-    or `*.bin` where there are no such files.
+    """Fetch a hub model's files into this host's cache, and check that the weights are whole; a local folder is only
+    checked. The weights are `*.safetensors`, or `*.bin` where there are no such files.
 
     Raises:
-        ValueError: where the hub has no such model, or cannot be reached and the cache does not have it.
+        ValueError: where the hub has no such model, or cannot be reached and the cache does not have it; for weight
+            files that are missing or cut short.
     """
     if Path(name).exists():
-        return
+        return check_files(name)
     try:
         folder = snapshot_download(name, allow_patterns=MODEL_FILES)
         if not any(Path(folder).glob("*.safetensors")):
@@ -166,6 +177,7 @@ def download_model(name: str) -> None:
         raise ValueError(
             f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
         ) from error
+    check_files(name)
 
 
 def count_parameters(name: str | None, config: GKDConfig) -> int:

@@ -15,7 +15,6 @@ Nothing here knows of models, ranks or datasets. No collectives. Tokenizers must
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
@@ -26,8 +25,6 @@ from engine.completeness import require_tools, with_function_calls
 from engine.marks import Message, Rendering, Span
 from engine.template import NO_INPUT, ChatTemplate, TemplateInput
 from engine.turns import Located, locate
-
-logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
@@ -211,36 +208,3 @@ def stop_token_ids(
 def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes today's date."""
     return "strftime_now" in ChatTemplate(tokenizer).source
-
-
-def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless both tokenizers mean the same by every token and id that both have.
-
-    One may have more tokens than the other, and the embeddings any number of padding rows.
-    """
-    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
-    student_tokens = {token_id: token for token, token_id in student_ids.items()}
-    teacher_tokens = {token_id: token for token, token_id in teacher_ids.items()}
-    advice = "GKD compares distributions id by id: use a student and a teacher of one model family"
-    shared = student_tokens.keys() & teacher_tokens.keys()
-    different = sorted(i for i in shared if student_tokens[i] != teacher_tokens[i])
-    if different or not shared:
-        shown = ", ".join(f"id {i} is {student_tokens[i]!r} and {teacher_tokens[i]!r}" for i in different[:3])
-        raise ValueError(
-            f"student and teacher tokenizers differ at {len(different)} of {len(shared)} shared ids "
-            f"(student, teacher: {shown or 'no id in common'}). {advice}"
-        )
-    moved = sorted(t for t in student_ids.keys() & teacher_ids.keys() if student_ids[t] != teacher_ids[t])
-    if moved:
-        token = moved[0]
-        raise ValueError(
-            f"student and teacher tokenizers differ: token {token!r} is id {student_ids[token]} for the student and "
-            f"{teacher_ids[token]} for the teacher. {advice}"
-        )
-    if student.eos_token_id != teacher.eos_token_id:  # common and legitimate: a base student, an instruct teacher
-        logger.warning(
-            "the tokenizers end a text differently: eos is %r for the student and %r for the teacher; completions "
-            "stop at the student's and at its chat template's end of turn",
-            student.eos_token,
-            teacher.eos_token,
-        )

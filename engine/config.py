@@ -52,6 +52,9 @@ class GKDConfig:
         "sdpa", "Attention kernel of student and teacher.", ("eager", "sdpa", "flash_attention_2")
     )
     trust_remote_code: bool = option(False, "Run model and tokenizer code that a hub repository ships.")
+    allow_token_renames: list[str] = option(
+        [], "Tokens (id, or name in either tokenizer) whose names may differ between student and teacher."
+    )
 
     # Data
     dataset_name: str | None = option(

@@ -8,6 +8,7 @@ numbers. No collectives.
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -30,6 +31,7 @@ def build_rows(
     split: str,
     rank: int = 0,
     now: datetime | None = None,
+    num_embeddings: int = sys.maxsize,
 ) -> MapRows | StreamRows:
     """The checked rows of `data` (a dataset object, or None for `config.dataset_name`), before any model loads.
 
@@ -51,7 +53,8 @@ def build_rows(
         raise ValueError(f"{name}: evaluation needs rows with a length, not a stream")
     if is_stream and config.max_steps < 0:
         raise ValueError(f"{name}: a stream has no length, so set max_steps")
-    encoder = RowEncoder(tokenizer, config.max_length, TemplateInput(kwargs=config.chat_template_kwargs, now=now))
+    template = TemplateInput(kwargs=config.chat_template_kwargs, now=now)
+    encoder = RowEncoder(tokenizer, config.max_length, template, num_embeddings)
     rules = RowRules(
         limit=config.max_samples if is_train else config.eval_max_samples,
         answers=needed_answers(config) if is_train else "optional",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from engine.chat import Encoded, encode_conversation, encode_prompt_completion, 
 from engine.rows import Row, parse_row
 from engine.sources import JsonLines, Source, fingerprint, is_arrow, place_of, read_rows
 from engine.template import NO_INPUT, TemplateInput
+from engine.vocabulary import check_ids
 
 CACHE_FOLDER = "gkd-engine"  # under HF_DATASETS_CACHE
 ROWS_PER_PROCESS = 1000  # fewer are not worth a process
@@ -72,6 +74,8 @@ class Outcome(NamedTuple):
 class RowEncoder:
     """Rows to token ids: at most `max_length` in a row, with `template` as every row's input of the chat template.
 
+    `num_embeddings` is how many rows the models' embeddings share; a token beyond them is a problem of its row.
+
     Raises:
         ValueError: for variables in `template` that the chat template never reads.
     """
@@ -79,6 +83,7 @@ class RowEncoder:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     template: TemplateInput = NO_INPUT
+    num_embeddings: int = sys.maxsize
 
     def __post_init__(self) -> None:
         for name in self.template.kwargs:
@@ -93,6 +98,8 @@ class RowEncoder:
             row = parse_row(raw, place, from_arrow)
             notes = Counter(row.notes)
             encoded = self._encode(row, notes)
+            if encoded is not None:
+                check_ids((*encoded.prompt_ids, *encoded.input_ids), self.num_embeddings, self.tokenizer)
         except (ValueError, RecursionError) as error:
             text = str(error).removeprefix(f"{place}: ")
             return Outcome(None, text.encode(errors="backslashreplace").decode())
@@ -125,7 +132,7 @@ class RowEncoder:
             tokenizer.backend_tokenizer.to_str(),
             type(tokenizer).__name__,
             json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str),
-            json.dumps([self.max_length, template.tools, template.kwargs], default=str),
+            json.dumps([self.max_length, self.num_embeddings, template.tools, template.kwargs], default=str),
             str(template.now if uses_date(tokenizer) else None),
             *((folder / name).read_text() for name in CODE if (folder / name).is_file()),
             *(version(name) for name in LIBRARIES),

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 logger = logging.getLogger(__name__)
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # "System: ...\nUser: ...\nAssistant: ...<eos>\n": plain words, since a base vocabulary has no role tokens.
 DEFAULT_CHAT_TEMPLATE = (
@@ -60,6 +65,26 @@ def load_tokenizer(path_or_name: str, trust_remote_code: bool = False) -> PreTra
             tokenizer.backend_tokenizer.model = build_bpe(proto)
         check_against_sentencepiece(tokenizer.backend_tokenizer, model_file)
     return prepare_tokenizer(tokenizer)
+
+
+def load_tokenizer_at_hand(path_or_name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local folder, or of a hub name that this host's cache holds; None where there is none."""
+    is_cached = any(
+        isinstance(try_to_load_from_cache(path_or_name, file), str)
+        for file in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+        if HUB_NAME.fullmatch(path_or_name)
+    )
+    if not is_cached and not Path(path_or_name or os.devnull).is_dir():
+        return None
+    try:
+        return load_tokenizer(path_or_name, trust_remote_code)
+    except ValueError:
+        return None
+
+
+def plain_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a multimodal processor; any other object is one itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -33,7 +33,9 @@ class GKDTrainer:
         args: the configuration.
         train_dataset, eval_dataset: datasets with `messages`, `prompt`/`completion` or `prompt` columns; by
             default the one that `args` names.
-        processing_class, tokenizer: the student's tokenizer; two names for one argument.
+        processing_class, tokenizer: the student's tokenizer (or processor); two names for one argument.
+        teacher_processing_class: the teacher's, to compare with the student's; by default that of the folder or hub
+            name which the teacher came from.
 
     Raises:
         ValueError: for input that cannot work, before any weight is read where `args` names the models.
@@ -48,13 +50,15 @@ class GKDTrainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         tokenizer: Any = None,
+        teacher_processing_class: Any = None,
     ) -> None:
         self.config = config = args or GKDConfig()
         if isinstance(model, str):
             config.model_name_or_path, model = model, None
         if isinstance(teacher_model, str):
             config.teacher_model_name_or_path, teacher_model = teacher_model, None
-        inputs = Inputs(model, teacher_model, processing_class or tokenizer, train_dataset, eval_dataset)
+        student_tokenizer = processing_class if processing_class is not None else tokenizer
+        inputs = Inputs(model, teacher_model, student_tokenizer, train_dataset, eval_dataset, teacher_processing_class)
         self.run = assemble(config, inputs)
         self.state = TrainState(started=self.run.started)
         self.rollouts: list[list[Sample]] | None = None  # the batch that `rollout_reuse` steps share

@@ -1,4 +1,4 @@
-"""Response masks, tokenizer loading and the vocabulary check, on real and freshly trained tokenizers."""
+"""Response masks and tokenizer loading, on real and freshly trained tokenizers."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.chat import (
-    check_same_vocabulary,
     encode_conversation,
     encode_prompt_completion,
     stop_token_ids,
@@ -323,32 +322,6 @@ def test_plain_completion_has_one_eos_and_no_template():
         prompt_ids, input_ids, mask = encode_prompt_completion(tokenizer, "hi:", completion)
         assert tokenizer.decode(input_ids) == "hi:hello<|im_end|>" and tokenizer.decode(prompt_ids) == "hi:"
         assert marked_texts(tokenizer, input_ids, mask) == ["hello<|im_end|>"]
-
-
-def test_same_vocabulary(caplog):
-    student, teacher = build_chatml(), build_chatml()
-    check_same_vocabulary(student, teacher)
-    teacher.add_tokens(["<extra>"])
-    check_same_vocabulary(student, teacher)
-    student.add_tokens(["<other>"])
-    with pytest.raises(ValueError, match=rf"id {len(student) - 1} is '<other>' and '<extra>'"):
-        check_same_vocabulary(student, teacher)
-    student.add_tokens(["<extra>"])
-    teacher = build_chatml()
-    teacher.add_tokens(["<other>"])
-    check_same_vocabulary(student, teacher)
-    check_same_vocabulary(build_chatml(), build_chatml(eos_token="<|endoftext|>"))
-    assert "eos is '<|im_end|>' for the student and '<|endoftext|>'" in caplog.text
-
-
-def test_same_token_at_another_id():
-    def backend(vocabulary):
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), eos_token="e")
-
-    with pytest.raises(ValueError, match="'b' is id 1 for the student and 7 for the teacher"):
-        check_same_vocabulary(backend({"e": 0, "b": 1}), backend({"e": 0, "b": 7}))
-    with pytest.raises(ValueError, match="differ at 2 of 3"):
-        check_same_vocabulary(backend({"e": 0, "a": 1, "b": 2}), backend({"e": 0, "b": 1, "a": 2}))
 
 
 def test_stop_token_ids():

@@ -21,7 +21,20 @@ DOTFILES = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
     0: {"config", "settings", "errors"},
-    1: {"distributed", "hosts", "logs", "batch", "order", "rows", "messages", "sources", "tokenizer", "volume"},
+    1: {
+        "distributed",
+        "hosts",
+        "logs",
+        "batch",
+        "order",
+        "rows",
+        "messages",
+        "sources",
+        "tokenizer",
+        "vocabulary",
+        "weights",
+        "volume",
+    },
     2: {"signals", "manifest", "timing", "progress", "kv_cache", "marks"},
     3: {"loss", "zero", "tracking", "template", "completeness", "turns", "chat", "backbone", "shards", "elastic"},
     4: {"data", "encoding", "selection", "startup", "student", "teacher", "decoder", "objective", "performance"},
