@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import check, hosts, zero
+from engine import check, hosts, runfolder, zero
 from engine.backbone import download_model, read_model_config
 from engine.batch import Sample
 from engine.chat import check_same_vocabulary, stop_token_ids
@@ -84,6 +84,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         teacher_settings(config)
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find() if train else None
+    if train:
+        runfolder.check_start(config, resume_from)
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size))
     check.same_data(read.sources)

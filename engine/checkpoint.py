@@ -225,7 +225,7 @@ class Checkpoints:
             if is_main:
                 logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
         if is_main:
-            logger.info("no complete checkpoint under %s: starting fresh", self.folder)
+            logger.info("no complete checkpoint under %s: a fresh start", self.folder)
         return None
 
     def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:

@@ -149,6 +149,9 @@ class GKDConfig:
 
     # Run
     output_dir: str = option("trainer_output", "Run folder: metrics, checkpoints, export.")
+    overwrite_output_dir: bool = option(
+        False, "Start anew in a folder that holds an earlier run, whose checkpoints, metrics and export are removed."
+    )
     run_name: str | None = option(None, "Name of the run in the tracker; unset: the run folder's name.")
     report_to: str = option("wandb", "Tracker beside `metrics.jsonl`, which is always written.", TRACKERS)
     wandb_project: str = option("gkd-engine", "wandb project.")
@@ -244,6 +247,11 @@ class GKDConfig:
                 "teacher_offload=between_steps moves a whole teacher; with "
                 f"teacher_placement={self.teacher_placement} give teacher_deepspeed an `offload_param` instead "
                 "(ds_configs/teacher_zero3_cpu.json)"
+            )
+        if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"overwrite_output_dir=true removes what resume_from_checkpoint={self.resume_from_checkpoint!r} needs: "
+                "set one of them"
             )
         if self.dataset_streaming and self.max_steps < 0:
             raise ValueError("dataset_streaming=true: a stream has no length, so set max_steps as well")

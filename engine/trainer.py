@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from engine import runfolder
 from engine.assembly import Inputs, assemble
 from engine.batch import PackedBatch, Sample, pack
 from engine.checkpoint import TrainState
@@ -78,6 +80,10 @@ class GKDTrainer:
         if run.resume_from is not None:
             self.state = run.checkpoints.load(run.resume_from, run.student.engine)
             self.rollouts = run.checkpoints.load_rollouts(run.resume_from)
+        elif config.overwrite_output_dir and self.state.step == 0:
+            if run.rank == 0:
+                runfolder.clear(Path(config.output_dir))
+            dist.barrier()
         extra = {"deepspeed_resolved": run.deepspeed_settings, "world_size": run.world_size}
         self.tracker = Tracker(config, Path(config.output_dir), run.rank == 0, self.state.run_id, extra)
         self.state.run_id = self.tracker.run_id

@@ -32,6 +32,7 @@ LEVELS = {
         "volume",
         "signals",
         "manifest",
+        "runfolder",
         "timing",
         "progress",
         "kv_cache",
