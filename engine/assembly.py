@@ -28,7 +28,7 @@ from engine.faults import BadSteps
 from engine.objective import Objective
 from engine.performance import Meter
 from engine.rollout import Rollout
-from engine.rows import Source
+from engine.rows import Source, has_split
 from engine.settings import resolve_deepspeed, teacher_settings
 from engine.startup import init_distributed
 from engine.student import Student, build_student
@@ -149,11 +149,19 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
         rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank)
         data = StepData(rows, config, world_size, rank)
         sources[config.dataset_train_split] = rows.source
-    if inputs.eval_dataset is not None or wants_evaluation:
-        rows = build_rows(inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank)
+    split = config.dataset_test_split or "test"
+    if inputs.eval_dataset is None and config.dataset_test_split is None:
+        if wants_evaluation:
+            raise ValueError("evaluation is asked for, and dataset_test_split is none: name the split to evaluate on")
+    elif (
+        inputs.eval_dataset is not None
+        or wants_evaluation
+        or (inputs.train_dataset is None and has_split(config, split))
+    ):
+        rows = build_rows(inputs.eval_dataset, tokenizer, config, split, rank)
         assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
         evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
-        sources[config.dataset_test_split] = rows.source
+        sources[split] = rows.source
     for given, name in (
         (inputs.model, config.model_name_or_path),
         (inputs.teacher_model, config.teacher_model_name_or_path),

@@ -35,6 +35,7 @@ from engine.elastic import (
 from engine.errors import CheckpointError
 from engine.manifest import (
     MANIFEST,
+    all_or_none,
     flushed_digests,
     list_files,
     merge,
@@ -149,21 +150,7 @@ class Checkpoints:
         return self.folder / name
 
     def _together(self, what: str, action: Callable[[], Any]) -> Any:
-        """Run `action` on every rank and return its result; where it fails on one, fail on all.
-
-        Raises:
-            CheckpointError: `what`, the ranks, their errors, and how full the disk is.
-        """
-        result, problem = None, {}
-        try:
-            result = action()
-        except (OSError, CheckpointError) as error:
-            free = shutil.disk_usage(self.config.output_dir).free / 2**20
-            problem = {dist.get_rank(): f"rank {dist.get_rank()}: {error} (disk: {free:.1f} MiB free)"}
-        problems = merge(problem)
-        if problems:
-            raise CheckpointError(f"checkpoint {what}: {'; '.join(problems.values())}")
-        return result
+        return all_or_none(f"checkpoint {what}", Path(self.config.output_dir), action)
 
     def _record(self, state: TrainState) -> dict[str, Any]:
         config, world_size = self.config, dist.get_world_size()

@@ -52,7 +52,7 @@ class GKDConfig:
     )
     dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on, where evaluation is enabled.")
+    dataset_test_split: str | None = option("test", "Split to evaluate on, where there is one; `none`: no evaluation.")
     dataset_streaming: bool = option(False, "Read the training split as a stream; needs `max_steps`.")
     max_length: int = option(
         1024, "Longest prompt plus completion, in tokens; completions are cut to fit, prompts never."

@@ -24,6 +24,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Launchers forward what the scheduler has already sent to every process: two signals this close are one request.
 REPEAT_S = 2.0
 TIME_IS_UP = 255  # beside signal numbers
+MAX_MINUTES = "max_minutes"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Due:
 
     save: bool
     stop: str | None
+
+    @property
+    def by_signal(self) -> bool:
+        """Whether the run is to end because somebody asked, rather than as its time is up."""
+        return self.stop not in (None, MAX_MINUTES)
 
 
 class Watch:
@@ -94,4 +100,4 @@ class Watch:
         number, save = flags.tolist()
         if not number:
             return Due(bool(save), None)
-        return Due(True, "max_minutes" if number == TIME_IS_UP else signal.Signals(number).name)
+        return Due(True, MAX_MINUTES if number == TIME_IS_UP else signal.Signals(number).name)

@@ -70,7 +70,7 @@ class GKDTrainer:
             self._open()
             self._train()
             if self.stopped_by is None:
-                export_student(self.run.student.model, self.run.tokenizer, Path(self.config.output_dir) / "final")
+                self._finish()
             self.tracker.finish()
         return self.state
 
@@ -93,16 +93,30 @@ class GKDTrainer:
 
     def _train(self) -> None:
         run, config = self.run, self.config
+        saves = config.save_steps is not None or config.save_minutes is not None
         while self.state.step < run.num_steps and self.stopped_by is None:
             metrics = self._train_step()
             step, due = self.state.step, self.watch.agree()
             is_last = step == run.num_steps
-            self.stopped_by = None if is_last else due.stop
-            if run.evaluator and (is_last or is_due(step, config.eval_steps)) and self.stopped_by is None:
+            self.stopped_by = due.stop if due.by_signal or not is_last else None
+            if run.evaluator and is_due(step, config.eval_steps) and not is_last and self.stopped_by is None:
                 metrics |= self._evaluate()
             self.tracker.log(step, metrics)
-            if due.save or is_due(step, config.save_steps):
+            if due.save or is_due(step, config.save_steps) or (is_last and saves):
                 self.save_checkpoint()
+
+    def _finish(self) -> None:
+        """What follows the last step. A run that has got there before, and is resumed, does this alone."""
+        run, step = self.run, self.state.step
+        if run.evaluator:
+            self.tracker.log(step, self._evaluate())
+            due = self.watch.agree()
+            if due.by_signal:
+                self.stopped_by = due.stop
+                if run.checkpoints.saved_step != step:
+                    self.save_checkpoint()
+                return
+        export_student(run.student.model, run.tokenizer, Path(self.config.output_dir) / "final")
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step."""

@@ -1,0 +1,154 @@
+"""A run's life: it never destroys another, ends in a checkpoint, goes on from its end, and says what changed."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from engine import GKDConfig, GKDTrainer
+from engine.errors import CheckpointError
+from tests.distributed.test_training import metrics_of, train, weights_of
+from tests.models import write_run_inputs
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("life")
+    return write_run_inputs(folder) | {"max_steps": STEPS, "save_steps": 2, "lmbda": 0.5, "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, inputs) -> Path:
+    """A run of three steps on two ranks, to be copied."""
+    ranks(2).run(train, inputs)
+    return Path(inputs["output_dir"])
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def checkpoints_in(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in (folder / "checkpoints").glob("step_*/manifest.json"))
+
+
+def refused(fields: dict) -> str:
+    """What a start says that must not come to a model."""
+    with mock.patch("engine.student.load_causal_lm", side_effect=AssertionError("a model loads")):
+        with pytest.raises(ValueError) as error:
+            GKDTrainer(args=GKDConfig(**fields))
+    return str(error.value)
+
+
+def break_off(fields: dict, broken: str) -> str:
+    """Train until `broken`, a function by its full name, is called."""
+    trainer = GKDTrainer(args=GKDConfig(**fields))
+    with mock.patch(broken, side_effect=KeyError("the bug")), pytest.raises(KeyError) as error:
+        trainer.train()
+    trainer.run.student.engine.destroy()
+    return str(error.value)
+
+
+def test_a_used_folder_is_refused_on_all_ranks_before_a_model_loads(ranks, inputs, finished, copy):
+    for said in ranks(2).run(refused, inputs | {"output_dir": str(copy)}):
+        assert "holds an earlier run (checkpoints/step_3 and 1 more, metrics.jsonl, final)" in said
+        assert "--resume_from_checkpoint auto" in said and "--overwrite_output_dir" in said
+    assert metrics_of(copy) == metrics_of(finished)
+    shutil.rmtree(copy / "checkpoints")
+    resumed = inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"}
+    assert "none of its checkpoints is whole" in ranks(2).run(refused, resumed)[0]
+    assert (copy / "final" / "model.safetensors").is_file()
+
+
+def test_starting_anew_replaces_the_run_and_nothing_else(ranks, inputs, finished, copy):
+    (copy / "notes.txt").write_text("mine")
+    ranks(2).run(train, inputs | {"output_dir": str(copy), "overwrite_output_dir": True})
+    assert metrics_of(copy) == metrics_of(finished) and (copy / "notes.txt").read_text() == "mine"
+    assert checkpoints_in(copy) == [2, 3]
+
+
+def test_the_last_step_is_a_checkpoint_and_the_test_split_is_evaluated_at_the_end(finished):
+    assert checkpoints_in(finished) == [2, 3]
+    lines = metrics_of(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3]  # the evaluation joins the last step's line
+    assert {"eval/divergence", "train/loss"} <= lines[2].keys() and "eval/divergence" not in lines[1]
+
+
+def test_without_saving_or_a_test_split_there_is_neither(ranks, inputs, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(Path(inputs["dataset_name"]) / "train.jsonl", data)
+    fields = inputs | {"output_dir": str(tmp_path / "run"), "save_steps": None, "dataset_name": str(data)}
+    ranks(2).run(train, fields)
+    assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "run" / "final" / "config.json").is_file()
+    assert not any(name.startswith("eval/") for line in metrics_of(tmp_path / "run") for name in line)
+    ranks(2).run(
+        train, inputs | {"output_dir": str(tmp_path / "off"), "save_steps": None, "dataset_test_split": "none"}
+    )
+    assert metrics_of(tmp_path / "off") == metrics_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("broken", ["engine.evaluation.Evaluator.run", "engine.trainer.export_student"])
+def test_what_breaks_after_the_last_step_costs_no_step(ranks, inputs, finished, tmp_path, broken):
+    fields = inputs | {"output_dir": str(tmp_path / "run")}
+    ranks(2).run(break_off, fields, broken)
+    assert checkpoints_in(tmp_path / "run") == [2, 3] and not (tmp_path / "run" / "final").exists()
+    assert "train/loss" in metrics_of(tmp_path / "run")[2]
+    results = ranks(2).run(train, fields | {"resume_from_checkpoint": "auto"})
+    assert all(r["seen"] == [] for r in results)
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
+    assert (weights_of(tmp_path / "run") == weights_of(finished)).all()
+
+
+def test_a_finished_run_goes_on_with_more_steps(ranks, inputs, tmp_path):
+    """At a constant rate, the longer run is the one that had been asked for at once."""
+    fields = inputs | {"lr_scheduler_type": "constant"}
+    ranks(2).run(train, fields | {"output_dir": str(tmp_path / "whole"), "max_steps": 5})
+    short = fields | {"output_dir": str(tmp_path / "run")}
+    ranks(2).run(train, short)
+    (tmp_path / "run" / "final" / "README.md").write_text("mine")
+    ranks(2).run(train, short | {"max_steps": 5, "resume_from_checkpoint": "auto"})
+    ours, theirs = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole")
+    ours[2] = {name: value for name, value in ours[2].items() if not name.startswith("eval/")}
+    assert ours == theirs and checkpoints_in(tmp_path / "run") == [2, 3, 4, 5]
+    assert (weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")).all()
+    assert (tmp_path / "run" / "final" / "README.md").read_text() == "mine"
+
+
+def fill_disk_at_export(fields: dict) -> str:
+    """Train; from the export on, no file of more than 8 kB can be written."""
+    from engine import export
+
+    write = export.write_model_folder
+
+    def on_full_disk(*args) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+        write(*args)
+
+    trainer = GKDTrainer(args=GKDConfig(**fields))
+    try:
+        with mock.patch.object(export, "write_model_folder", on_full_disk), pytest.raises(CheckpointError) as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    trainer.run.student.engine.destroy()
+    return str(error.value)
+
+
+def test_a_disk_that_fills_in_the_export_costs_nothing(ranks, inputs, finished, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path / "run")}
+    for said in ranks(2).run(fill_disk_at_export, fields):
+        assert "final cannot be written: rank 0: model-00001.safetensors" in said and "MiB free" in said
+        assert "\n" not in said
+    names = [path.name for path in (tmp_path / "run").iterdir()]
+    assert "final" not in names and ".writing_final" not in names
+    ranks(2).run(train, fields | {"resume_from_checkpoint": "auto"})
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
+    assert (weights_of(tmp_path / "run") == weights_of(finished)).all()
