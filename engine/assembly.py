@@ -88,7 +88,13 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         runfolder.check_start(config, resume_from)
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size))
-    check.same_data(read.sources)
+    digests = check.same_data(read.sources)
+    checkpoints.data = {
+        use: {"split": split, "digest": digests[split], "rows": num_rows}
+        for use, (split, num_rows) in read.num_rows.items()
+    }
+    if resume_from is not None:
+        checkpoints.check_inputs(resume_from, read.num_steps)
 
     groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
     student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
@@ -119,6 +125,7 @@ class _Read:
     evaluator_batches: list[list[Sample]] | None
     num_steps: int
     sources: dict[str, Source]
+    num_rows: dict[str, tuple[str, int | None]]  # `train` and `eval`: the split, and its usable rows; None of a stream
 
 
 def _read_inputs(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int) -> _Read:
@@ -141,7 +148,9 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
     )
     shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
     tokenizer = _tokenizer(config, inputs, shared_vocab_size)
-    data, evaluator_batches, sources = None, None, {}
+    data, evaluator_batches = None, None
+    sources: dict[str, Source] = {}
+    num_rows: dict[str, tuple[str, int | None]] = {}
     wants_evaluation = not train or config.eval_steps is not None or config.eval_on_start
     if wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
         raise ValueError("eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both")
@@ -149,6 +158,7 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
         rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank)
         data = StepData(rows, config, world_size, rank)
         sources[config.dataset_train_split] = rows.source
+        num_rows["train"] = config.dataset_train_split, len(rows) if isinstance(rows, MapRows) else None
     split = config.dataset_test_split or "test"
     if inputs.eval_dataset is None and config.dataset_test_split is None:
         if wants_evaluation:
@@ -162,6 +172,7 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
         assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
         evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
         sources[split] = rows.source
+        num_rows["eval"] = split, len(rows)
     for given, name in (
         (inputs.model, config.model_name_or_path),
         (inputs.teacher_model, config.teacher_model_name_or_path),
@@ -170,7 +181,7 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
             assert name is not None  # `_model_config` has read it
             download_model(name)
     num_steps = count_steps(config, data) if data is not None else 1
-    return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, sources)
+    return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, sources, num_rows)
 
 
 def _model_config(model: nn.Module | None, name: str | None, field: str, config: GKDConfig) -> Any:

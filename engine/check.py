@@ -111,9 +111,11 @@ def same_setup(config: GKDConfig, writes: bool) -> None:
         require_shared(Path(config.output_dir))
 
 
-def same_data(sources: dict[str, Source]) -> None:
-    """The rows are alike, by split. All ranks must call; ValueError as `same_setup`."""
-    require_same({f"dataset split {split}": fingerprint(source) for split, source in sources.items()})
+def same_data(sources: dict[str, Source]) -> dict[str, str]:
+    """The rows are alike; their digests by split. All ranks must call; ValueError as `same_setup`."""
+    digests = {split: fingerprint(source) for split, source in sources.items()}
+    require_same({f"dataset split {split}": digest for split, digest in digests.items()})
+    return digests
 
 
 def require_shared(folder: Path) -> None:

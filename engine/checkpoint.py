@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from engine import zero
 from engine.batch import Sample
+from engine.changes import REMEDY, Changes, compare_fields, compare_rows, optimizer_name
 from engine.config import GKDConfig
 from engine.elastic import (
     UNIVERSAL_TAG,
@@ -75,6 +76,8 @@ class Checkpoints:
     def __init__(self, config: GKDConfig) -> None:
         self.config = config
         self.folder = Path(config.output_dir) / "checkpoints"
+        self.data: dict[str, Any] = {}  # the run's rows: see `changes.compare_rows`
+        self._begins_data_anew = False
         self.saved_step: int | None = None  # of the newest checkpoint that this process wrote or resumed from
 
     def save(
@@ -159,6 +162,8 @@ class Checkpoints:
             "layout": zero_layout(config, world_size),
             "global_batch_size": batch,
             "saved_at": time.time(),
+            "data": self.data,
+            "optimizer": optimizer_name(config),
             "config": config.to_dict(),
         }
 
@@ -173,11 +178,11 @@ class Checkpoints:
     def find(self) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` asks for, verified; None for a fresh start.
 
-        The configuration takes over its global batch.
+        The configuration takes over its global batch. Fields that differ from the checkpoint's are named.
 
         Raises:
-            ValueError: where the named one is missing or damaged (the text names the files), or its global batch
-                cannot be kept.
+            ValueError: where the named one is missing or damaged (the text names the files), or its global batch,
+                order of rows or optimizer cannot be kept.
         """
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
@@ -190,8 +195,40 @@ class Checkpoints:
             if problems:
                 raise ValueError(f"resume_from_checkpoint={wanted!r}: {'; '.join(problems)}")
         if path is not None:
-            keep_global_batch(self.config, path, verified_manifest(path), dist.get_world_size())
+            manifest = verified_manifest(path)
+            keep_global_batch(self.config, path, manifest, dist.get_world_size())
+            self._accept(path, compare_fields(manifest["config"], self.config))
+            before, now = manifest.get("optimizer"), optimizer_name(self.config)
+            if before not in (None, now):
+                raise ValueError(f"{path} holds the moments of {before}, and the optimizer is now {now}: take it back")
         return path
+
+    def check_inputs(self, path: Path, num_steps: int) -> None:
+        """Compare the run's rows, in `data`, and its length with the checkpoint's.
+
+        Raises:
+            ValueError: where the position in the rows would be lost, or the run is shorter than the checkpoint.
+        """
+        manifest = verified_manifest(path)
+        self._accept(path, compare_rows(manifest.get("data", {}), self.data))
+        config, step = self.config, manifest["step"]
+        if num_steps < step:
+            by_epochs = f"num_train_epochs={config.num_train_epochs} with its {num_steps} steps"
+            length = f"max_steps={num_steps}" if config.max_steps > 0 else by_epochs
+            raise ValueError(
+                f"{length} ends before step {step} of {path}: raise it, or resume from an earlier checkpoint"
+            )
+        if num_steps == step and dist.get_rank() == 0:
+            logger.info("step %d of %d is the last: evaluation and export are what is left", step, num_steps)
+
+    def _accept(self, path: Path, changes: Changes) -> None:
+        """Say what changed; raise ValueError where the data's position is lost and the run may not begin it anew."""
+        if changes.order and not self.config.allow_data_change:
+            raise ValueError(f"{path}: {'; '.join(changes.order)}")
+        self._begins_data_anew |= bool(changes.order)
+        for text in [*changes.said, *(text.replace(REMEDY, "The data begins anew") for text in changes.order)]:
+            if dist.get_rank() == 0:
+                logger.warning("%s: %s", path.name, text)
 
     def _newest_good(self) -> Path | None:
         """The newest checkpoint without a problem; says which are passed over, and why."""
@@ -229,10 +266,15 @@ class Checkpoints:
             client_state = zero.load_universal_checkpoint(engine, copy / UNIVERSAL_TAG)
         record = client_state["train_state"]
         self.saved_step = record["step"]
+        if self._begins_data_anew:
+            record["batches"] = 0
         return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState)})
 
     def load_rollouts(self, path: Path) -> list[list[Sample]] | None:
-        """This rank's rollouts, where the checkpoint fell between two steps that share them."""
+        """This rank's rollouts, where the checkpoint fell between two steps that share them and still are to."""
+        saved = verified_manifest(path)["config"]
+        if any(saved.get(name) != getattr(self.config, name) for name in ("rollout_reuse", "num_generations")):
+            return None
         return rollouts_of_rank(path, self.config, dist.get_rank(), dist.get_world_size())
 
 

@@ -180,6 +180,10 @@ class GKDConfig:
     resume_from_checkpoint: str | None = option(
         None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks."
     )
+    allow_data_change: bool = option(
+        False,
+        "On resume, take other rows or another seed than the checkpoint's, and begin the data anew; else an error.",
+    )
     seed: int = option(42, "Seed of data order, on-policy draws and sampling.")
     deepspeed: Any = option(None, "DeepSpeed JSON (path or dict); unset: ZeRO-3 without offload.")
     timeout_s: int = option(600, "Seconds after which a collective without an answer ends the run.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -152,3 +155,102 @@ def test_a_disk_that_fills_in_the_export_costs_nothing(ranks, inputs, finished, 
     ranks(2).run(train, fields | {"resume_from_checkpoint": "auto"})
     assert metrics_of(tmp_path / "run") == metrics_of(finished)
     assert (weights_of(tmp_path / "run") == weights_of(finished)).all()
+
+
+NEW = {"learning_rate": 4e-4, "weight_decay": 0.3, "adam_epsilon": 1e-3, "lr_scheduler_type": "cosine", "max_steps": 6}
+
+
+def new_rate(step: int) -> float:
+    """The rate of `NEW` in optimizer step `step`, from 0."""
+    return 4e-4 * 0.5 * (1 + math.cos(math.pi * step / 6))
+
+
+def train_and_listen(fields: dict) -> tuple[dict, list[str]]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("engine")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return train(fields), records
+    finally:
+        logger.removeHandler(handler)
+
+
+def train_by_hand(fields: dict) -> None:
+    """Go on with the settings of `NEW` written into the optimizer before every step."""
+    trainer = GKDTrainer(args=GKDConfig(**fields))
+    optimizer, step = trainer.run.student.engine.optimizer.optimizer, trainer._train_step
+
+    def with_new_settings():
+        for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
+            group.update(lr=new_rate(trainer.state.step), eps=1e-3, weight_decay=decay)
+        return step()
+
+    trainer._train_step = with_new_settings
+    trainer.train()
+    trainer.run.student.engine.destroy()
+
+
+@pytest.fixture(scope="module")
+def by_hand(ranks, inputs, finished, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("by_hand") / "run"
+    shutil.copytree(finished, folder)
+    ranks(2).run(train_by_hand, inputs | {"output_dir": str(folder), "max_steps": 6, "resume_from_checkpoint": "auto"})
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_new_settings_count_after_a_resume_and_are_named(ranks, inputs, copy, by_hand, world_size):
+    """The new schedule goes on where it stands at that step, moments stay: in DeepSpeed's format and the universal."""
+    fields = inputs | NEW | {"output_dir": str(copy), "resume_from_checkpoint": "auto", "logging_steps": 5}
+    _, said = ranks(world_size).run(train_and_listen, fields)[0]
+    lines = metrics_of(copy)
+    assert [line["train/lr"] for line in lines[3:]] == pytest.approx([new_rate(step) for step in (3, 4, 5)], rel=1e-12)
+    changed = sorted(text for text in said if "in the checkpoint" in text)
+    assert [text.split(": ")[1].split("=")[0] for text in changed] == sorted(NEW)
+    assert "learning_rate=0.001 in the checkpoint, 0.0004 now: the new value counts" in changed[1]
+    ours, theirs = weights_of(copy), weights_of(by_hand)
+    assert (ours == theirs).all() if world_size == 2 else ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
+
+
+def test_a_length_before_the_checkpoint_and_another_seed_are_refused(ranks, inputs, finished, copy):
+    resumed = inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"}
+    said = ranks(2).run(refused, resumed | {"max_steps": 2})[0]
+    assert "max_steps=2 ends before step 3 of" in said
+    said = ranks(2).run(refused, resumed | {"max_steps": -1, "num_train_epochs": 0.2})[0]
+    assert "num_train_epochs=0.2 with its 2 steps ends before step 3" in said
+    said = ranks(2).run(refused, resumed | {"seed": 7})[0]
+    assert "seed=42 in the checkpoint, 7 now: the order of rows" in said and "--allow_data_change" in said
+    said = ranks(2).run(refused, resumed | {"deepspeed": "tests/fused_adam.json"})[0]
+    assert "holds the moments of torch.optim.AdamW, and the optimizer is now AdamW" in said
+    assert metrics_of(copy) == metrics_of(finished)
+
+
+def test_other_rows_are_named_and_begun_anew_only_if_told(ranks, inputs, copy, tmp_path):
+    data = Path(
+        shutil.copytree(inputs["dataset_name"], tmp_path / "data")
+    )  # another place of the same rows is no change
+    resumed = inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto", "dataset_name": str(data)}
+    resumed |= {"max_steps": 5, "lmbda": 0.0}
+    train_file = data / "train.jsonl"
+    train_file.write_text(train_file.read_text() + '{"prompt": "more", "completion": "rows"}\n')
+    (data / "test.jsonl").write_text('{"prompt": "more", "completion": "rows"}\n')
+    said = ranks(2).run(refused, resumed)[0]
+    assert "the rows of split 'train' are not those of the checkpoint (24 usable rows then, 25 now)" in said
+    results = ranks(2).run(train_and_listen, resumed | {"allow_data_change": True})
+    assert any("begins anew" in text for text in results[0][1])
+    assert any("split 'test'" in text and "do not compare" in text for text in results[0][1])
+    fresh = ranks(2).run(train, resumed | {"output_dir": str(tmp_path / "fresh"), "resume_from_checkpoint": None})
+    assert [r["seen"] for r, _ in results] == [r["seen"][:2] for r in fresh]
+
+
+def test_a_checkpoint_of_an_older_engine_is_accepted(ranks, inputs, copy):
+    path = copy / "checkpoints" / "step_3" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["data"], manifest["optimizer"], manifest["config"]["seed"]
+    manifest["config"]["a_field_that_went"] = 3
+    path.write_text(json.dumps(manifest))
+    fields = inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"}
+    assert ranks(2).run(train_and_listen, fields)[0][1][-1].startswith("step 3 of 3 is the last")

@@ -33,6 +33,7 @@ LEVELS = {
         "signals",
         "manifest",
         "runfolder",
+        "changes",
         "timing",
         "progress",
         "kv_cache",
