@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine import check, hosts, runfolder, zero
-from engine.backbone import download_model, read_model_config
+from engine.backbone import download_model, read_generation_config, read_model_config
 from engine.batch import Sample
 from engine.chat import check_same_vocabulary, stop_token_ids
 from engine.checkpoint import Checkpoints
@@ -26,6 +26,7 @@ from engine.distributed import build_vocab_groups
 from engine.evaluation import Evaluator
 from engine.faults import BadSteps
 from engine.objective import Objective
+from engine.parts import check_saveable, export_parts
 from engine.performance import Meter
 from engine.rollout import Rollout
 from engine.rows import Source, has_split
@@ -57,6 +58,7 @@ class Run:
     device: torch.device
     tokenizer: Any
     student: Student
+    parts: list[Any]  # what an export holds beside the student's weights
     teacher: Teacher
     objective: Objective
     rollout: Rollout
@@ -103,14 +105,15 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         teacher.student_engine = student.engine
     objective = Objective(config, student.head, teacher.head, read.shared_vocab_size, device)
     sampling = build_sampling(config, read.tokenizer, student.model, read.shared_vocab_size)
+    parts = export_parts(student.model.config, student.model.generation_config, read.tokenizer, sampling.stop_ids)
     rollout = Rollout(config, sampling, rank, world_size, device)
     evaluator = None
     if read.evaluator_batches is not None:
         evaluator = Evaluator(read.evaluator_batches, objective, rollout, student, teacher)
     zero.bound_waits(config.timeout_s)
     return Run(
-        config, rank, world_size, device, read.tokenizer, student, teacher, objective, rollout, read.data, evaluator,
-        checkpoints, resume_from, BadSteps(config, read.tokenizer, rank, device), Meter(student.model, teacher.model),
+        config, rank, world_size, device, read.tokenizer, student, parts, teacher, objective, rollout, read.data,
+        evaluator, checkpoints, resume_from, BadSteps(config, read.tokenizer, rank, device), Meter(student.model, teacher.model),
         read.num_steps, settings,
     )  # fmt: skip
 
@@ -155,6 +158,7 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
     if wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
         raise ValueError("eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both")
     if train:
+        _check_export(inputs.model, config, student_config, tokenizer)
         rows = build_rows(inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank)
         data = StepData(rows, config, world_size, rank)
         sources[config.dataset_train_split] = rows.source
@@ -190,6 +194,16 @@ def _model_config(model: nn.Module | None, name: str | None, field: str, config:
     if name is None:
         raise ValueError(f"{field} is not set, and no model object was given")
     return read_model_config(name, config)
+
+
+def _check_export(model: nn.Module | None, config: GKDConfig, student_config: Any, tokenizer: Any) -> None:
+    """What is saved beside the weights can be saved, which must not show at the first checkpoint."""
+    if model is not None:
+        settings = model.generation_config
+    else:
+        assert config.model_name_or_path is not None  # `_model_config` has read it
+        settings = read_generation_config(config.model_name_or_path, student_config)
+    check_saveable(export_parts(student_config, settings, tokenizer, stop_token_ids(tokenizer, settings.eos_token_id)))
 
 
 def _tokenizer(config: GKDConfig, inputs: Inputs, shared_vocab_size: int) -> Any:

@@ -46,6 +46,7 @@ from engine.manifest import (
     verify,
     write_durably,
 )
+from engine.parts import save_parts
 
 logger = logging.getLogger(__name__)
 
@@ -293,11 +294,3 @@ def saved_checkpoints(folder: Path) -> list[Path]:
         return (math.inf if manifest is None else manifest.get("saved_at", 0.0), int(path.name[5:]))
 
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=age, reverse=True)
-
-
-def save_parts(parts: list[Any], folder: Path) -> None:
-    for part in parts:
-        try:
-            part.save_pretrained(folder)
-        except Exception as error:  # the type that the tokenizers library raises on a full disk
-            raise CheckpointError(f"{type(part).__name__}: {error}") from error

@@ -17,16 +17,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine import zero
-from engine.checkpoint import save_parts
 from engine.errors import CheckpointError
 from engine.manifest import all_or_none, flush_file, list_files, publish, verify
+from engine.parts import save_parts
 
 SHARD_BYTES = 4 * 2**30
 STUDENT_PREFIX = "causal_lm."  # of `HiddenStates`, under which the engine knows the student's parameters
 
 
-def export_student(model: nn.Module, tokenizer: Any, out: Path) -> None:
-    """Write the live student, in its compute dtype, beside its place, and rename it. All ranks must call.
+def export_student(model: nn.Module, parts: list[Any], out: Path) -> None:
+    """Write the live student, in its compute dtype, with its `parts`, beside its place, and rename it.
+
+    All ranks must call.
 
     Raises:
         CheckpointError: where it cannot be written; an earlier export stays as it was.
@@ -37,7 +39,7 @@ def export_student(model: nn.Module, tokenizer: Any, out: Path) -> None:
         try:
             if dist.get_rank() == 0:
                 with beside(out) as hidden:
-                    write_model_folder(tensors, [model.config, model.generation_config, tokenizer], hidden)
+                    write_model_folder(tensors, parts, hidden)
         finally:
             for _ in tensors:  # what is gathered, every rank gathers, also where rank 0 has failed
                 pass

@@ -116,7 +116,7 @@ class GKDTrainer:
                 if run.checkpoints.saved_step != step:
                     self.save_checkpoint()
                 return
-        export_student(run.student.model, run.tokenizer, Path(self.config.output_dir) / "final")
+        export_student(run.student.model, run.parts, Path(self.config.output_dir) / "final")
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -211,9 +211,8 @@ class GKDTrainer:
     def save_checkpoint(self) -> Path | None:
         """Write `checkpoints/step_<N>`; None where that failed and `save_on_error` is `warn`. All ranks must call."""
         run = self.run
-        model_parts = [run.student.model.config, run.student.model.generation_config, run.tokenizer]
         with self.tracker.time("checkpoint"):
-            path = run.checkpoints.save(run.student.engine, self.state, model_parts, self.rollouts)
+            path = run.checkpoints.save(run.student.engine, self.state, run.parts, self.rollouts)
         self.watch.note_save()
         return path
 

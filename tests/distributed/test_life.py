@@ -14,8 +14,9 @@ import pytest
 
 from engine import GKDConfig, GKDTrainer
 from engine.errors import CheckpointError
+from engine.export import export_checkpoint
 from tests.distributed.test_training import metrics_of, train, weights_of
-from tests.models import write_run_inputs
+from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
 
 STEPS = 3
 
@@ -253,4 +254,50 @@ def test_a_checkpoint_of_an_older_engine_is_accepted(ranks, inputs, copy):
     manifest["config"]["a_field_that_went"] = 3
     path.write_text(json.dumps(manifest))
     fields = inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"}
-    assert ranks(2).run(train_and_listen, fields)[0][1][-1].startswith("step 3 of 3 is the last")
+    _, said = ranks(2).run(train_and_listen, fields)[0]
+    assert any(text.startswith("step 3 of 3 is the last") for text in said)
+
+
+def refuse_settings(folder: str) -> list[str]:
+    """Students as objects: one whose sampling settings were changed into a contradiction, and one that is sound."""
+    tokenizer, said = tiny_tokenizer(), []
+    for do_sample in (False, True):
+        student, teacher = (tiny_llama(len(tokenizer), seed=seed) for seed in (1, 2))
+        student.generation_config.temperature, student.generation_config.do_sample = 0.5, do_sample
+        config = GKDConfig(output_dir=folder, max_length=64, max_new_tokens=8, report_to="none")
+        with (
+            mock.patch("engine.assembly.build_student", side_effect=ValueError("built")),
+            pytest.raises(ValueError) as e,
+        ):
+            GKDTrainer(student, teacher, config, train_dataset=[ROW], processing_class=tokenizer)
+        said.append(str(e.value))
+    return said
+
+
+ROW = {"prompt": "abc", "completion": "de"}
+
+
+def test_settings_that_cannot_be_saved_are_found_at_start(ranks, tmp_path):
+    for refused, accepted in ranks(2).run(refuse_settings, str(tmp_path)):
+        assert (
+            "no checkpoint or export could be written" in refused and "temperature" in refused and "\n" not in refused
+        )
+        assert accepted == "built"
+
+
+def test_exports_stop_where_rollouts_stopped(ranks, inputs, tmp_path):
+    """The student's own settings know one stop id, and contradict themselves as published ones do; its tokenizer and
+    template end a turn with another."""
+    student = Path(shutil.copytree(inputs["model_name_or_path"], tmp_path / "student"))
+    (student / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6, "top_p": 0.9}')
+    end = tiny_tokenizer().eos_token_id
+    fields = inputs | {"model_name_or_path": str(student), "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    ranks(2).run(train, fields | {"dataset_test_split": "none"})
+    export_checkpoint(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "out", None)
+    for folder in ("run/final", "run/checkpoints/step_1/hf", "out"):
+        settings = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == [7, end] and settings["temperature"] == 0.6
+    resumed = fields | {"model_name_or_path": str(tmp_path / "run" / "final"), "output_dir": str(tmp_path / "next")}
+    ranks(2).run(train, resumed | {"dataset_test_split": "none"})  # a second stage
+    settings = json.loads((tmp_path / "next" / "final" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [7, end]

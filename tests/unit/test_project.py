@@ -34,6 +34,7 @@ LEVELS = {
         "manifest",
         "runfolder",
         "changes",
+        "parts",
         "timing",
         "progress",
         "kv_cache",
