@@ -113,8 +113,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     zero.bound_waits(config.timeout_s)
     return Run(
         config, rank, world_size, device, read.tokenizer, student, parts, teacher, objective, rollout, read.data,
-        evaluator, checkpoints, resume_from, BadSteps(config, read.tokenizer, rank, device), Meter(student.model, teacher.model),
-        read.num_steps, settings,
+        evaluator, checkpoints, resume_from, BadSteps(config, read.tokenizer, rank, device),
+        Meter(student.model, teacher.model), read.num_steps, settings,
     )  # fmt: skip
 
 
