@@ -1,10 +1,14 @@
 """`python -m engine`, and what `deepspeed --module engine` starts on every rank."""
 
 import os
+import signal
 import sys
 
 from engine.cli import main
 
+# Ctrl-C ends the process at once, also where it waits for another rank in a collective, which Python would
+# not leave. While training, `signals.Watch` saves first.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 status = main(sys.argv[1:])
 sys.stdout.flush()
 sys.stderr.flush()

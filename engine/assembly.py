@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import check, hosts, zero
-from engine.backbone import check_positions, download_model, read_model_config
+from engine import check, hosts, runfolder, zero
+from engine.backbone import check_positions, download_model, read_generation_config, read_model_config
 from engine.batch import Sample
 from engine.chat import stop_token_ids
 from engine.checkpoint import Checkpoints, started_on
@@ -28,10 +28,12 @@ from engine.distributed import build_vocab_groups
 from engine.evaluation import Evaluator
 from engine.faults import BadSteps
 from engine.objective import Objective
+from engine.parts import check_saveable, export_parts
 from engine.performance import Meter
 from engine.rollout import Rollout
 from engine.selection import MapRows
 from engine.settings import resolve_deepspeed, teacher_settings
+from engine.sources import has_split
 from engine.startup import init_distributed
 from engine.student import Student, build_student
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
@@ -63,6 +65,7 @@ class Run:
     device: torch.device
     tokenizer: Any
     student: Student
+    parts: list[Any]  # what an export holds beside the student's weights
     teacher: Teacher
     objective: Objective
     rollout: Rollout
@@ -91,10 +94,18 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         teacher_settings(config)
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find() if train else None
+    if train:
+        runfolder.check_start(config, resume_from)
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     started = check.gather((started_on(resume_from) if resume_from else None) or date.today().isoformat())[0]
     read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size, started))
     check.same_data(read.fingerprints)
+    checkpoints.data = {
+        use: {"split": split, "digest": read.fingerprints[split], "rows": num_rows}
+        for use, (split, num_rows) in read.num_rows.items()
+    }
+    if resume_from is not None:
+        checkpoints.check_inputs(resume_from, read.num_steps)
 
     groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
     student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
@@ -103,14 +114,15 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         teacher.student_engine = student.engine
     objective = Objective(config, student.head, teacher.head, read.shared_vocab_size, device)
     sampling = build_sampling(config, read.tokenizer, student.model, read.shared_vocab_size)
+    parts = export_parts(student.model.config, student.model.generation_config, read.tokenizer, sampling.stop_ids)
     rollout = Rollout(config, sampling, rank, world_size, device)
     evaluator = None
     if read.evaluator_batches is not None:
         evaluator = Evaluator(read.evaluator_batches, objective, rollout, student, teacher)
     zero.bound_waits(config.timeout_s)
     return Run(
-        config, rank, world_size, device, read.tokenizer, student, teacher, objective, rollout, read.data, evaluator,
-        checkpoints, resume_from, started, BadSteps(config, read.tokenizer, rank, device),
+        config, rank, world_size, device, read.tokenizer, student, parts, teacher, objective, rollout, read.data,
+        evaluator, checkpoints, resume_from, started, BadSteps(config, read.tokenizer, rank, device),
         Meter(student.model, teacher.model), read.num_steps, settings,
     )  # fmt: skip
 
@@ -125,6 +137,7 @@ class _Read:
     evaluator_batches: list[list[Sample]] | None
     num_steps: int
     fingerprints: dict[str, str]
+    num_rows: dict[str, tuple[str, int | None]]  # `train` and `eval`: the split, and its usable rows; None of a stream
 
 
 def _read_inputs(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size: int, started: str) -> _Read:
@@ -149,23 +162,34 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
     tokenizer = _tokenizer(config, inputs, shared_vocab_size)
     for who, model_config in (("student", student_config), ("teacher", teacher_config)):
         check_positions(model_config, config.max_length, who, rank == 0)
-    data, evaluator_batches, fingerprints = None, None, {}
+    data, evaluator_batches = None, None
+    fingerprints: dict[str, str] = {}
+    num_rows: dict[str, tuple[str, int | None]] = {}
     wants_evaluation = not train or config.eval_steps is not None or config.eval_on_start
     if wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
         raise ValueError("eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both")
     if train:
+        _check_export(inputs.model, config, student_config, tokenizer)
         rows = build_rows(
             inputs.train_dataset, tokenizer, config, config.dataset_train_split, rank, now, shared_vocab_size
         )
         data = StepData(rows, config, world_size, rank)
         fingerprints[config.dataset_train_split] = rows.fingerprint
-    if inputs.eval_dataset is not None or wants_evaluation:
-        rows = build_rows(
-            inputs.eval_dataset, tokenizer, config, config.dataset_test_split, rank, now, shared_vocab_size
-        )
+        num_rows["train"] = config.dataset_train_split, len(rows) if isinstance(rows, MapRows) else None
+    split = config.dataset_test_split or "test"
+    if inputs.eval_dataset is None and config.dataset_test_split is None:
+        if wants_evaluation:
+            raise ValueError("evaluation is asked for, and dataset_test_split is none: name the split to evaluate on")
+    elif (
+        inputs.eval_dataset is not None
+        or wants_evaluation
+        or (inputs.train_dataset is None and has_split(config, split))
+    ):
+        rows = build_rows(inputs.eval_dataset, tokenizer, config, split, rank, now, shared_vocab_size)
         assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
         evaluator_batches = eval_batches(rows, rank, world_size, config.per_device_eval_batch_size)
-        fingerprints[config.dataset_test_split] = rows.fingerprint
+        fingerprints[split] = rows.fingerprint
+        num_rows["eval"] = split, len(rows)
     for given, name in (
         (inputs.model, config.model_name_or_path),
         (inputs.teacher_model, config.teacher_model_name_or_path),
@@ -174,7 +198,7 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
             assert name is not None  # `_model_config` has read it
             download_model(name)
     num_steps = count_steps(config, data) if data is not None else 1
-    return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, fingerprints)
+    return _Read(shared_vocab_size, tokenizer, data, evaluator_batches, num_steps, fingerprints, num_rows)
 
 
 def _model_config(model: nn.Module | None, name: str | None, field: str, config: GKDConfig) -> Any:
@@ -183,6 +207,16 @@ def _model_config(model: nn.Module | None, name: str | None, field: str, config:
     if name is None:
         raise ValueError(f"{field} is not set, and no model object was given")
     return read_model_config(name, config)
+
+
+def _check_export(model: nn.Module | None, config: GKDConfig, student_config: Any, tokenizer: Any) -> None:
+    """What is saved beside the weights can be saved, which must not show at the first checkpoint."""
+    if model is not None:
+        settings = model.generation_config
+    else:
+        assert config.model_name_or_path is not None  # `_model_config` has read it
+        settings = read_generation_config(config.model_name_or_path, student_config)
+    check_saveable(export_parts(student_config, settings, tokenizer, stop_token_ids(tokenizer, settings.eos_token_id)))
 
 
 def _tokenizer(config: GKDConfig, inputs: Inputs, shared_vocab_size: int) -> Any:

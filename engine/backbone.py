@@ -79,7 +79,7 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
         MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
         model = load_partitioned(name, AutoModelForCausalLM, model_config, zero_settings, **options)
         if model is not None:
-            model.generation_config = read_generation_config(name, model)
+            model.generation_config = read_generation_config(name, model.config)
             return model
     # transformers partitions inside from_pretrained while this object lives; afterwards it would switch generate's
     # synced_gpus on by itself.
@@ -103,12 +103,12 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     return model
 
 
-def read_generation_config(name: str, model: nn.Module) -> GenerationConfig:
+def read_generation_config(name: str, model_config: Any) -> GenerationConfig:
     """The model's generation settings (its stop tokens matter here), from the file where there is one."""
     try:
         return GenerationConfig.from_pretrained(name)
     except OSError:
-        return GenerationConfig.from_model_config(model.config)
+        return GenerationConfig.from_model_config(model_config)
 
 
 def read_model_config(name: str, config: GKDConfig) -> Any:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from engine import zero
 from engine.batch import Sample
+from engine.changes import REMEDY, Changes, compare_fields, compare_rows, optimizer_name
 from engine.config import GKDConfig
 from engine.elastic import (
     UNIVERSAL_TAG,
@@ -35,6 +36,7 @@ from engine.elastic import (
 from engine.errors import CheckpointError
 from engine.manifest import (
     MANIFEST,
+    all_or_none,
     flushed_digests,
     list_files,
     merge,
@@ -44,6 +46,7 @@ from engine.manifest import (
     verify,
     write_durably,
 )
+from engine.parts import save_parts
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ class Checkpoints:
     def __init__(self, config: GKDConfig) -> None:
         self.config = config
         self.folder = Path(config.output_dir) / "checkpoints"
+        self.data: dict[str, Any] = {}  # the run's rows: see `changes.compare_rows`
+        self._begins_data_anew = False
         self.saved_step: int | None = None  # of the newest checkpoint that this process wrote or resumed from
 
     def save(
@@ -153,21 +158,7 @@ class Checkpoints:
         return self.folder / name
 
     def _together(self, what: str, action: Callable[[], Any]) -> Any:
-        """Run `action` on every rank and return its result; where it fails on one, fail on all.
-
-        Raises:
-            CheckpointError: `what`, the ranks, their errors, and how full the disk is.
-        """
-        result, problem = None, {}
-        try:
-            result = action()
-        except (OSError, CheckpointError) as error:
-            free = shutil.disk_usage(self.config.output_dir).free / 2**20
-            problem = {dist.get_rank(): f"rank {dist.get_rank()}: {error} (disk: {free:.1f} MiB free)"}
-        problems = merge(problem)
-        if problems:
-            raise CheckpointError(f"checkpoint {what}: {'; '.join(problems.values())}")
-        return result
+        return all_or_none(f"checkpoint {what}", Path(self.config.output_dir), action)
 
     def _record(self, state: TrainState) -> dict[str, Any]:
         config, world_size = self.config, dist.get_world_size()
@@ -176,6 +167,8 @@ class Checkpoints:
             "layout": zero_layout(config, world_size),
             "global_batch_size": batch,
             "saved_at": time.time(),
+            "data": self.data,
+            "optimizer": optimizer_name(config),
             "config": config.to_dict(),
         }
 
@@ -190,11 +183,11 @@ class Checkpoints:
     def find(self) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` asks for, verified; None for a fresh start.
 
-        The configuration takes over its global batch.
+        The configuration takes over its global batch. Fields that differ from the checkpoint's are named.
 
         Raises:
-            ValueError: where the named one is missing or damaged (the text names the files), or its global batch
-                cannot be kept.
+            ValueError: where the named one is missing or damaged (the text names the files), or its global batch,
+                order of rows or optimizer cannot be kept.
         """
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
@@ -207,8 +200,40 @@ class Checkpoints:
             if problems:
                 raise ValueError(f"resume_from_checkpoint={wanted!r}: {'; '.join(problems)}")
         if path is not None:
-            keep_global_batch(self.config, path, verified_manifest(path), dist.get_world_size())
+            manifest = verified_manifest(path)
+            keep_global_batch(self.config, path, manifest, dist.get_world_size())
+            self._accept(path, compare_fields(manifest["config"], self.config))
+            before, now = manifest.get("optimizer"), optimizer_name(self.config)
+            if before not in (None, now):
+                raise ValueError(f"{path} holds the moments of {before}, and the optimizer is now {now}: take it back")
         return path
+
+    def check_inputs(self, path: Path, num_steps: int) -> None:
+        """Compare the run's rows, in `data`, and its length with the checkpoint's.
+
+        Raises:
+            ValueError: where the position in the rows would be lost, or the run is shorter than the checkpoint.
+        """
+        manifest = verified_manifest(path)
+        self._accept(path, compare_rows(manifest.get("data", {}), self.data))
+        config, step = self.config, manifest["step"]
+        if num_steps < step:
+            by_epochs = f"num_train_epochs={config.num_train_epochs} with its {num_steps} steps"
+            length = f"max_steps={num_steps}" if config.max_steps > 0 else by_epochs
+            raise ValueError(
+                f"{length} ends before step {step} of {path}: raise it, or resume from an earlier checkpoint"
+            )
+        if num_steps == step and dist.get_rank() == 0:
+            logger.info("step %d of %d is the last: evaluation and export are what is left", step, num_steps)
+
+    def _accept(self, path: Path, changes: Changes) -> None:
+        """Say what changed; raise ValueError where the data's position is lost and the run may not begin it anew."""
+        if changes.order and not self.config.allow_data_change:
+            raise ValueError(f"{path}: {'; '.join(changes.order)}")
+        self._begins_data_anew |= bool(changes.order)
+        for text in [*changes.said, *(text.replace(REMEDY, "The data begins anew") for text in changes.order)]:
+            if dist.get_rank() == 0:
+                logger.warning("%s: %s", path.name, text)
 
     def _newest_good(self) -> Path | None:
         """The newest checkpoint without a problem; says which are passed over, and why."""
@@ -229,7 +254,7 @@ class Checkpoints:
             if is_main:
                 logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
         if is_main:
-            logger.info("no complete checkpoint under %s: starting fresh", self.folder)
+            logger.info("no complete checkpoint under %s: a fresh start", self.folder)
         return None
 
     def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
@@ -246,10 +271,15 @@ class Checkpoints:
             client_state = zero.load_universal_checkpoint(engine, copy / UNIVERSAL_TAG)
         record = client_state["train_state"]
         self.saved_step = record["step"]
+        if self._begins_data_anew:
+            record["batches"] = record["answered_batches"] = 0
         return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState) if f.name in record})
 
     def load_rollouts(self, path: Path) -> list[list[Sample]] | None:
-        """This rank's rollouts, where the checkpoint fell between two steps that share them."""
+        """This rank's rollouts, where the checkpoint fell between two steps that share them and still are to."""
+        saved = verified_manifest(path)["config"]
+        if any(saved.get(name) != getattr(self.config, name) for name in ("rollout_reuse", "num_generations")):
+            return None
         return rollouts_of_rank(path, self.config, dist.get_rank(), dist.get_world_size())
 
 
@@ -273,11 +303,3 @@ def saved_checkpoints(folder: Path) -> list[Path]:
         return (math.inf if manifest is None else manifest.get("saved_at", 0.0), int(path.name[5:]))
 
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=age, reverse=True)
-
-
-def save_parts(parts: list[Any], folder: Path) -> None:
-    for part in parts:
-        try:
-            part.save_pretrained(folder)
-        except Exception as error:  # the type that the tokenizers library raises on a full disk
-            raise CheckpointError(f"{type(part).__name__}: {error}") from error

@@ -62,7 +62,7 @@ class GKDConfig:
     )
     dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on, where evaluation is enabled.")
+    dataset_test_split: str | None = option("test", "Split to evaluate on, where there is one; `none`: no evaluation.")
     dataset_streaming: bool = option(False, "Read the training split as a stream; needs `max_steps`.")
     max_length: int = option(
         1024, "Longest prompt plus completion, in tokens; completions are cut to fit, prompts never."
@@ -170,6 +170,9 @@ class GKDConfig:
 
     # Run
     output_dir: str = option("trainer_output", "Run folder: metrics, checkpoints, export.")
+    overwrite_output_dir: bool = option(
+        False, "Start anew in a folder that holds an earlier run, whose checkpoints, metrics and export are removed."
+    )
     run_name: str | None = option(None, "Name of the run in the tracker; unset: the run folder's name.")
     report_to: str = option("wandb", "Tracker beside `metrics.jsonl`, which is always written.", TRACKERS)
     wandb_project: str = option("gkd-engine", "wandb project.")
@@ -197,6 +200,10 @@ class GKDConfig:
     max_bad_steps: int = option(5, "Steps in a row without a finite loss and gradient that end the run.")
     resume_from_checkpoint: str | None = option(
         None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks."
+    )
+    allow_data_change: bool = option(
+        False,
+        "On resume, take other rows or another seed than the checkpoint's, and begin the data anew; else an error.",
     )
     seed: int = option(42, "Seed of data order, on-policy draws and sampling.")
     deepspeed: Any = option(None, "DeepSpeed JSON (path or dict); unset: ZeRO-3 without offload.")
@@ -270,6 +277,11 @@ class GKDConfig:
         taken = sorted(RESERVED_TEMPLATE_KWARGS & set(self.chat_template_kwargs))
         if taken:
             raise ValueError(f"chat_template_kwargs has `{taken[0]}`, which the engine sets itself")
+        if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"overwrite_output_dir=true removes what resume_from_checkpoint={self.resume_from_checkpoint!r} needs: "
+                "set one of them"
+            )
         if self.dataset_streaming and self.max_steps < 0:
             raise ValueError("dataset_streaming=true: a stream has no length, so set max_steps as well")
 

@@ -5,30 +5,69 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from engine import zero
+from engine.errors import CheckpointError
+from engine.manifest import all_or_none, flush_file, list_files, publish, verify
+from engine.parts import save_parts
 
 SHARD_BYTES = 4 * 2**30
 STUDENT_PREFIX = "causal_lm."  # of `HiddenStates`, under which the engine knows the student's parameters
 
 
-def export_student(model: nn.Module, tokenizer: Any, out: Path) -> None:
-    """Write the live student, in its compute dtype. All ranks must call; rank 0 writes."""
+def export_student(model: nn.Module, parts: list[Any], out: Path) -> None:
+    """Write the live student, in its compute dtype, with its `parts`, beside its place, and rename it.
+
+    All ranks must call.
+
+    Raises:
+        CheckpointError: where it cannot be written; an earlier export stays as it was.
+    """
     tensors = _gathered_parameters(model)
-    if dist.get_rank() == 0:
-        write_model_folder(tensors, [model.config, model.generation_config, tokenizer], out)
-    else:
-        for _ in tensors:
-            pass
-    dist.barrier()
+
+    def write() -> None:
+        try:
+            if dist.get_rank() == 0:
+                with beside(out) as hidden:
+                    write_model_folder(tensors, parts, hidden)
+        finally:
+            for _ in tensors:  # what is gathered, every rank gathers, also where rank 0 has failed
+                pass
+
+    all_or_none(f"{out} cannot be written", out.parent, write)
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of `out` when the block is through, and goes where it fails.
+
+    Weights of an earlier export go with it; what else lies there comes along.
+    """
+    hidden = out.with_name(f".writing_{out.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        for old in out.iterdir() if out.is_dir() else ():
+            if not (hidden / old.name).exists() and not old.match("model*.safetensors*"):
+                copy = shutil.copytree if old.is_dir() else shutil.copy2
+                copy(old, hidden / old.name)
+        for name in list_files(hidden):
+            flush_file(hidden / name)
+        publish(hidden, out)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
 
 
 def _gathered_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,10 +82,22 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype | None) ->
     """Write the student of a checkpoint, from its fp32 master weights. Needs no process group.
 
     Raises:
-        ValueError: where the folder is not a checkpoint of this engine.
+        ValueError: where the folder is not a whole checkpoint of this engine, or `out` holds something.
+        CheckpointError: where `out` cannot be written; nothing is left of it then.
     """
-    if not (checkpoint / "hf" / "config.json").is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint of this engine: it has no hf/config.json")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not an empty folder: name another one, or remove it")
+    problems = verify(checkpoint)
+    if problems:
+        raise ValueError(f"{checkpoint} cannot be exported: {'; '.join(problems)}")
+    try:
+        with beside(out) as hidden:
+            _write_checkpoints_student(checkpoint, hidden, dtype)
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from error
+
+
+def _write_checkpoints_student(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
     lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     seen: set[int] = set()
     names = []
@@ -68,16 +119,17 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype | None) ->
 
 def write_model_folder(tensors: Iterable[tuple[str, torch.Tensor]], parts: list[Any], out: Path) -> None:
     """safetensors shards with their index, and `parts` (config, tokenizer) by their `save_pretrained`."""
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("model*.safetensors*"):
-        old.unlink()
     shards: list[list[str]] = []
     waiting: dict[str, torch.Tensor] = {}
     total_bytes = 0
 
     def flush() -> None:
         if waiting:
-            save_file(waiting, out / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+            file = out / f"model-{len(shards) + 1:05d}.safetensors"
+            try:
+                save_file(waiting, file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk among them
+                raise CheckpointError(f"{file.name}: {error}") from error
             shards.append(list(waiting))
             waiting.clear()
 
@@ -89,8 +141,7 @@ def write_model_folder(tensors: Iterable[tuple[str, torch.Tensor]], parts: list[
         total_bytes += size
     flush()
     _name_shards(out, shards, total_bytes)
-    for part in parts:
-        part.save_pretrained(out)
+    save_parts(parts, out)
 
 
 def _name_shards(out: Path, shards: list[list[str]], total_bytes: int) -> None:

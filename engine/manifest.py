@@ -1,6 +1,7 @@
 """Manifests: what a complete folder holds, with sizes and checksums, and writes that a crash cannot cut in half.
 
-Knows files and ranks; nothing of models or of what the files mean. The files are on storage that all ranks see.
+Knows files and ranks; nothing of models or of what the files mean. The files are on storage that all ranks see. A
+process without a process group is the only rank.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+
+from engine.errors import CheckpointError
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 
@@ -51,22 +57,41 @@ def list_files(folder: Path) -> list[str]:
 
 def share(names: list[str]) -> list[str]:
     """This rank's part of a list that is the same on all ranks."""
-    return names[dist.get_rank() :: dist.get_world_size()]
+    return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
 
 
 def merge(own: dict[str, Any]) -> dict[str, Any]:
     """Union of every rank's dict, sorted by key. All ranks must call."""
+    if not dist.is_initialized():
+        return own
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return dict(sorted((key, value) for one in everyone for key, value in one.items()))
+
+
+def all_or_none(what: str, folder: Path, action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result; where it fails on one, fail on all. All ranks must call.
+
+    Raises:
+        CheckpointError: `what`, the ranks, their errors, and how full the disk under `folder` is.
+    """
+    result, problem = None, {}
+    try:
+        result = action()
+    except (OSError, CheckpointError) as error:
+        free = shutil.disk_usage(folder).free / 2**20
+        problem = {dist.get_rank(): f"rank {dist.get_rank()}: {error} (disk: {free:.1f} MiB free)"}
+    problems = merge(problem)
+    if problems:
+        raise CheckpointError(f"{what}: {'; '.join(problems.values())}")
+    return cast(T, result)
 
 
 def flushed_digests(folder: Path, names: list[str]) -> dict[str, list]:
     """Size and digest of files, each flushed to disk first."""
     result = {}
     for name in names:
-        with open(folder / name, "rb+") as file:
-            os.fsync(file.fileno())
+        flush_file(folder / name)
         result[name] = [(folder / name).stat().st_size, file_digest(folder / name)]
     return result
 
@@ -101,6 +126,11 @@ def publish(hidden: Path, final: Path) -> None:
     os.replace(hidden, final)
     flush_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flush_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:

@@ -20,10 +20,13 @@ from engine.config import GKDConfig
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Launchers forward what the scheduler has already sent to every process: two signals this close are one request.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Launchers forward what the scheduler has already sent to every process: two signals this close are one request. Who
+# presses Ctrl-C twice means it; launchers pass that on within a moment.
 REPEAT_S = 2.0
+REPEAT_INTERRUPT_S = 1.0
 TIME_IS_UP = 255  # beside signal numbers
+MAX_MINUTES = "max_minutes"
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,16 @@ class Due:
     save: bool
     stop: str | None
 
+    @property
+    def by_signal(self) -> bool:
+        """Whether the run is to end because somebody asked, rather than as its time is up."""
+        return self.stop not in (None, MAX_MINUTES)
+
 
 class Watch:
-    """Listens for SIGTERM and SIGUSR1 inside its `with` block, and watches `save_minutes` and `max_minutes`.
+    """Listens for `STOP_SIGNALS` inside its `with` block, and watches `save_minutes` and `max_minutes`.
 
-    The first signal asks the run to stop at the end of its step; a second one, `REPEAT_S` or more later, ends the
+    The first signal asks the run to stop at the end of its step; a second one, not too close to it, ends the
     process at once, with exit status 128 + signal, even where it hangs in a collective. Python runs signal handlers
     between bytecodes of the main thread only, which such a hang never reaches: a thread reads the signals from the
     interpreter's wake-up socket instead.
@@ -75,8 +83,11 @@ class Watch:
         now_s = time.monotonic()
         if not self._signal:
             self._signal, self._signal_s = number, now_s
-            logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
-        elif now_s - self._signal_s >= REPEAT_S:
+            logger.warning(
+                "%s: stopping after the step or evaluation at work, with a checkpoint; a second one ends at once",
+                signal.Signals(number).name,
+            )
+        elif now_s - self._signal_s >= (REPEAT_INTERRUPT_S if number == signal.SIGINT else REPEAT_S):
             os._exit(128 + number)
 
     def note_save(self) -> None:
@@ -94,4 +105,4 @@ class Watch:
         number, save = flags.tolist()
         if not number:
             return Due(bool(save), None)
-        return Due(True, "max_minutes" if number == TIME_IS_UP else signal.Signals(number).name)
+        return Due(True, MAX_MINUTES if number == TIME_IS_UP else signal.Signals(number).name)

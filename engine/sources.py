@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,10 +16,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 
 from engine.config import GKDConfig
+
+logger = logging.getLogger(__name__)
 
 FINGERPRINT_STREAM_ROWS = 16
 FINGERPRINT_BLOCK_ROWS = 10_000
@@ -108,6 +119,26 @@ def load_rows(config: GKDConfig, split: str) -> Source:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return saved_split(path, split, config.dataset_train_split)
     return open_dataset(name, name, name=config.dataset_config, split=split, streaming=streaming)
+
+
+def has_split(config: GKDConfig, split: str) -> bool:
+    """Whether `load_rows` would find the split, told without reading a row."""
+    name = config.dataset_name
+    assert name is not None  # `load_rows` has read another split of it
+    path = Path(name)
+    if path.is_file():
+        return split == config.dataset_train_split
+    if (path / f"{split}.jsonl").is_file():
+        return True
+    if (path / "dataset_dict.json").is_file():
+        return split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+    if (path / "state.json").is_file():
+        return split == config.dataset_train_split
+    try:
+        return split in get_dataset_split_names(name, config.dataset_config)
+    except (OSError, ValueError, DatasetsError) as error:  # a hub that is offline, with the rows in the cache
+        logger.warning("cannot tell whether %s has a split %r: no evaluation at the end (%s)", name, split, error)
+        return False
 
 
 def saved_split(path: Path, split: str, train_split: str) -> Dataset:

@@ -76,6 +76,7 @@ class Tracker:
         self.run_id = run_id
         self._phases = Phases()
         self._first_step = 0
+        self._last_step: int | None = None
         self._progress: Progress | None = None
         self._backend: Backend | None = None
         self._is_open = False
@@ -101,7 +102,7 @@ class Tracker:
 
     def begin(self, step: int, total_steps: int) -> None:
         """Start the clock of a run with `step` of its `total_steps` behind it, and `rewind` to `step`."""
-        self._first_step = step
+        self._first_step = self._last_step = step
         self.rewind(step)
         if self.is_main:
             self._progress = Progress(step, total_steps, self.config.logging_steps)
@@ -121,12 +122,19 @@ class Tracker:
         self._on_backend(lambda backend: backend.open(step))
 
     def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Append a line to `metrics.jsonl`: `step`, `metrics`, and the seconds under `time` since the last call."""
+        """Append a line to `metrics.jsonl`: `step`, `metrics`, and the seconds under `time` since the last call.
+
+        A second call for the same step joins its line.
+        """
         phases = {f"perf/{name}_s": seconds for name, seconds in self._phases.take().items()}
         if not self.is_main:
             return
         metrics = {**metrics, **phases}
-        append_line(self.metrics_path, {"step": step, **metrics})
+        if step == self._last_step:
+            join_last_line(self.metrics_path, {"step": step, **metrics})
+        else:
+            append_line(self.metrics_path, {"step": step, **metrics})
+        self._last_step = step
         self._open_once()
         self._on_backend(lambda backend: backend.log(step, metrics))
         if self._progress is not None:
@@ -296,6 +304,19 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
     """Append one JSON object; floats are written so that they read back exactly (not a number as `NaN`)."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def join_last_line(path: Path, values: dict[str, Any]) -> None:
+    """Add values to the last line of a JSONL file where it is of the same step, else append them."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    if last.get("step") != values["step"]:
+        append_line(path, values)
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(lines[:-1]), encoding="utf-8")
+    append_line(partial, last | values)
+    partial.replace(path)
 
 
 def drop_later_lines(path: Path, step: int) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from engine import runfolder
 from engine.assembly import Inputs, assemble
 from engine.batch import PackedBatch, Sample, pack
 from engine.checkpoint import TrainState
@@ -72,7 +74,7 @@ class GKDTrainer:
             self._open()
             self._train()
             if self.stopped_by is None:
-                export_student(self.run.student.model, self.run.tokenizer, Path(self.config.output_dir) / "final")
+                self._finish()
             self.tracker.finish()
         return self.state
 
@@ -83,6 +85,10 @@ class GKDTrainer:
             self.state = run.checkpoints.load(run.resume_from, run.student.engine)
             self.state.started = run.started
             self.rollouts = run.checkpoints.load_rollouts(run.resume_from)
+        elif config.overwrite_output_dir and self.state.step == 0:
+            if run.rank == 0:
+                runfolder.clear(Path(config.output_dir))
+            dist.barrier()
         extra = {"deepspeed_resolved": run.deepspeed_settings, "world_size": run.world_size}
         self.tracker = Tracker(config, Path(config.output_dir), run.rank == 0, self.state.run_id, extra)
         self.state.run_id = self.tracker.run_id
@@ -92,16 +98,30 @@ class GKDTrainer:
 
     def _train(self) -> None:
         run, config = self.run, self.config
+        saves = config.save_steps is not None or config.save_minutes is not None
         while self.state.step < run.num_steps and self.stopped_by is None:
             metrics = self._train_step()
             step, due = self.state.step, self.watch.agree()
             is_last = step == run.num_steps
-            self.stopped_by = None if is_last else due.stop
-            if run.evaluator and (is_last or is_due(step, config.eval_steps)) and self.stopped_by is None:
+            self.stopped_by = due.stop if due.by_signal or not is_last else None
+            if run.evaluator and is_due(step, config.eval_steps) and not is_last and self.stopped_by is None:
                 metrics |= self._evaluate()
             self.tracker.log(step, metrics)
-            if due.save or is_due(step, config.save_steps):
+            if due.save or is_due(step, config.save_steps) or (is_last and saves):
                 self.save_checkpoint()
+
+    def _finish(self) -> None:
+        """What follows the last step. A run that has got there before, and is resumed, does this alone."""
+        run, step = self.run, self.state.step
+        if run.evaluator:
+            self.tracker.log(step, self._evaluate())
+            due = self.watch.agree()
+            if due.by_signal:
+                self.stopped_by = due.stop
+                if run.checkpoints.saved_step != step:
+                    self.save_checkpoint()
+                return
+        export_student(run.student.model, run.parts, Path(self.config.output_dir) / "final")
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -201,9 +221,8 @@ class GKDTrainer:
     def save_checkpoint(self) -> Path | None:
         """Write `checkpoints/step_<N>`; None where that failed and `save_on_error` is `warn`. All ranks must call."""
         run = self.run
-        model_parts = [run.student.model.config, run.student.model.generation_config, run.tokenizer]
         with self.tracker.time("checkpoint"):
-            path = run.checkpoints.save(run.student.engine, self.state, model_parts, self.rollouts)
+            path = run.checkpoints.save(run.student.engine, self.state, run.parts, self.rollouts)
         self.watch.note_save()
         return path
 

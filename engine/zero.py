@@ -265,31 +265,49 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, client_stat
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Load DeepSpeed's own format, written at this world size; returns its client state. All ranks must call."""
-    loaded, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    """Load DeepSpeed's own format, written at this world size; returns its client state. All ranks must call.
+
+    Weights, moments and the place in the schedule are the checkpoint's; rates, decays and the like stay this run's.
+    """
+    with own_settings(engine):
+        loaded, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed could not load it")
     return client_state
 
 
+@contextmanager
+def own_settings(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Undo what a load inside the block does to the settings of optimizer and schedule.
+
+    deepspeed 0.19.8 puts the checkpoint's groups and base rates over those that the run was configured with, so that a
+    new learning rate would be ignored. The schedule is then evaluated where it stands, as if it had always been this
+    one. In the universal format, every group even gets the settings of the first, so that norms and biases would decay.
+    """
+    optimizer, schedule = engine.optimizer.optimizer, engine.lr_scheduler
+    kept = ("params", "step")  # FusedAdam counts steps in its groups as well
+    own = [{key: value for key, value in group.items() if key not in kept} for group in optimizer.param_groups]
+    base_lrs = list(schedule.base_lrs)
+    yield
+    schedule.base_lrs = base_lrs
+    schedule._last_lr = [rate * at(schedule.last_epoch) for rate, at in zip(base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, values, rate in zip(optimizer.param_groups, own, schedule.get_last_lr(), strict=True):
+        group.update(values | {"lr": rate})
+
+
 def load_universal_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     """Load DeepSpeed's universal format; returns its client state. All ranks must call.
 
-    deepspeed 0.19.8 (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`) gives every parameter group the settings
-    of the first, so that norms and biases would decay, and every sub-group the same step tensor, which torch's AdamW
-    then advances once per sub-group: both are put right here. The switch is the JSON's `checkpoint.load_universal`,
-    set for this one load, as the engine's later checkpoints are of its own format.
+    deepspeed 0.19.8 (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`) gives every sub-group the same step tensor,
+    which torch's AdamW then advances once per sub-group: that is put right here. The switch is the JSON's
+    `checkpoint.load_universal`, set for this one load, as the engine's later checkpoints are of its own format.
     """
     engine._config.load_universal_checkpoint = True
     try:
         client_state = load_checkpoint(engine, folder)
     finally:
         engine._config.load_universal_checkpoint = False
-    saved = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", mmap=True, weights_only=False)
-    optimizer = engine.optimizer.optimizer
-    for group, values in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
-        group.update({key: value for key, value in values.items() if key != "params"})
-    for state in optimizer.state.values():
+    for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state["step"]):
             state["step"] = state["step"].clone()
     return client_state

@@ -14,5 +14,7 @@ python launch/prepare_quickstart.py --work runs/quickstart --cache .cache
 ranks="$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)')"
 # The launcher's fixed port may be taken by another run on this machine.
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+# A second run trains anew, and what the first one left in the run folder makes way, unless it is to go on.
+[[ "$*" == *--resume_from_checkpoint* ]] || set -- --overwrite_output_dir "$@"
 echo "== training on $ranks ranks"
 deepspeed --num_gpus "$ranks" --master_port "$port" --module engine train --config "$recipe" "$@"

@@ -100,12 +100,13 @@ def test_latest_that_names_nothing(ranks, finished, tmp_path):
     assert "step_9 is not a complete checkpoint" in ranks(2).run(find, str(tmp_path / "run"), missing)[0][1]
 
 
-def test_nothing_good_is_a_fresh_start(ranks, finished, tmp_path):
+def test_nothing_good_is_nothing_found(ranks, finished, tmp_path):
+    """Whether a fresh start may follow, the run folder says: see tests/unit/test_runfolder.py."""
     shutil.copytree(finished, tmp_path / "run")
     for step in (1, 2, 3):
         flip(tmp_path / "run" / "checkpoints" / f"step_{step}")
     found, error, logged = ranks(2).run(find, str(tmp_path / "run"), "auto")[0]
-    assert found is None and not error and "starting fresh" in logged and logged.count("skipped") == 3
+    assert found is None and not error and "no complete checkpoint" in logged and logged.count("skipped") == 3
     assert ranks(2).run(find, str(tmp_path / "none"), "auto")[0][:2] == (None, "")
 
 

@@ -44,7 +44,7 @@ def whole(ranks, fields, tmp_path_factory):
 def copy_at_step(folder, copy):
     """The run folder as it was when the checkpoint of `SAVED_AT` had been written."""
     shutil.copytree(folder, copy)
-    for name in ("checkpoints/step_6", "final"):
+    for name in ("checkpoints/step_6", "checkpoints/step_8", "final"):
         shutil.rmtree(copy / name)
     return copy
 

@@ -80,7 +80,7 @@ def test_the_export_is_the_trained_student(finished, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("hello").input_ids) == "hello"
     done = run([sys.executable, "-m", "engine", "export", str(folder / "checkpoints"), str(tmp_path / "no")])
-    assert done.returncode == 2 and "is not a checkpoint of this engine" in done.stdout
+    assert done.returncode == 2 and "is not a complete checkpoint" in done.stdout
 
 
 def test_evaluate_gives_the_runs_own_figures(finished, recipe):

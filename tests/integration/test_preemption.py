@@ -8,7 +8,9 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import yaml
 
 from tests.distributed.test_training import metrics_of, weights_of
 from tests.forked import ForkedRun
-from tests.integration.launch import ROOT, launcher
+from tests.integration.launch import ROOT, free_port, launcher
 from tests.models import write_run_inputs
 
 STEP_S = 0.15  # long enough for a signal to fall into a chosen step
@@ -67,7 +69,7 @@ def checkpoints_in(folder: Path) -> list[int]:
     return sorted(int(path.parent.name[5:]) for path in (folder / "run" / "checkpoints").glob("step_*/manifest.json"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, whole, tmp_path, number):
     """Exit status 0 within a step; a launcher's echo of the signal changes nothing; the resumed run is the same."""
     run = start(recipe, tmp_path)
@@ -84,6 +86,51 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, whole, tmp_pat
     assert run.wait(60) == [0, 0], run.text()
     assert metrics_of(tmp_path / "run") == metrics_of(whole)
     assert (weights_of(tmp_path / "run") == weights_of(whole)).all()
+
+
+def slow_evaluation() -> None:
+    from engine.evaluation import Evaluator
+
+    original = Evaluator.run
+
+    def slow(self):
+        print("evaluation begins", flush=True)
+        time.sleep(1.5)
+        return original(self)
+
+    Evaluator.run = slow
+
+
+def test_ctrl_c_in_the_last_evaluation_leaves_the_export_to_a_resume(recipe, tmp_path):
+    """Saving is off, and still nothing is lost."""
+    run = start(recipe, tmp_path, "--max_steps", "2", before=slow_evaluation)
+    assert run.wait_until(lambda: "evaluation begins" in run.text()), run.text()
+    for rank in (0, 1):
+        run.signal(rank, signal.SIGINT)
+    assert run.wait(30) == [0, 0], run.text()
+    assert checkpoints_in(tmp_path) == [2] and not (tmp_path / "run" / "final").exists()
+    assert "stopped after step 2 of 2 by SIGINT; checkpoint of step 2" in run.text()
+    words = ["--max_steps", "2", "--resume_from_checkpoint", "auto"]
+    assert start(recipe, tmp_path, *words, before=None).wait(60) == [0, 0]
+    assert (tmp_path / "run" / "final" / "config.json").is_file() and steps_in(tmp_path) == 2
+
+
+def test_ctrl_c_before_training_ends_at_once(recipe, tmp_path):
+    """Rank 0 waits for a rank that never comes, outside Python."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": free_port()}
+    environment |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "engine", "train", "--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while True:  # until its store listens
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(environment["MASTER_PORT"])), 1):
+            break
+        assert time.monotonic() < end and job.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(5) == -signal.SIGINT
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_a_signal_to_the_whole_job_under_the_deepspeed_launcher(recipe, tmp_path):

@@ -35,7 +35,7 @@ LEVELS = {
         "weights",
         "volume",
     },
-    2: {"signals", "manifest", "timing", "progress", "kv_cache", "marks"},
+    2: {"signals", "manifest", "timing", "progress", "kv_cache", "marks", "runfolder", "changes", "parts"},
     3: {"loss", "zero", "tracking", "template", "completeness", "turns", "chat", "backbone", "shards", "elastic"},
     4: {"data", "encoding", "selection", "startup", "student", "teacher", "decoder", "objective", "performance"},
     5: {"rollout", "checkpoint", "check", "export", "evaluation", "faults"},

@@ -36,21 +36,22 @@ def check_watch() -> None:
         assert watch.agree() == Due(True, "max_minutes")
 
 
-def check_repeated_signal(repeat_s: float) -> None:
+def check_repeated_signal(name: str, number: int, repeat_s: float) -> None:
     """In a forked child that would sleep on."""
-    signals.REPEAT_S = repeat_s
+    before = getattr(signals, name)
+    setattr(signals, name, repeat_s)
     child = os.fork()
     if child == 0:
         with Watch(GKDConfig(), torch.device("cpu")):
             time.sleep(30)
         os._exit(0)
     time.sleep(0.3)
-    os.kill(child, signal.SIGTERM)
+    os.kill(child, number)
     time.sleep(repeat_s + 0.2)
-    os.kill(child, signal.SIGTERM)
+    os.kill(child, number)
     _, status = os.waitpid(child, 0)
-    signals.REPEAT_S = 2.0
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    setattr(signals, name, before)
+    assert os.waitstatus_to_exitcode(status) == 128 + number
 
 
 def check_thread() -> str:
@@ -81,7 +82,8 @@ def test_a_signal_stops_and_clocks_save_and_stop(ranks):
 
 
 def test_a_repeated_signal_ends_the_process(ranks):
-    ranks(1).run(check_repeated_signal, 0.3)
+    ranks(1).run(check_repeated_signal, "REPEAT_S", signal.SIGTERM, 0.3)
+    ranks(1).run(check_repeated_signal, "REPEAT_INTERRUPT_S", signal.SIGINT, 0.3)
 
 
 def test_only_the_main_thread_gets_signals(ranks):
