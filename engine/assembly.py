@@ -5,6 +5,7 @@ Everything that can be wrong with the input is checked before a model's weights 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ from engine.objective import Objective
 from engine.performance import Meter
 from engine.rollout import Rollout
 from engine.rows import Source
-from engine.settings import resolve_deepspeed, teacher_settings
+from engine.settings import replaced_scheduler, resolve_deepspeed, teacher_settings
 from engine.startup import init_distributed
 from engine.student import Student, build_student
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
 from engine.tokenizer import load_tokenizer, prepare_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,6 +85,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     resolve_deepspeed(config, world_size)  # so that a contradiction in it is named first
     if config.teacher_placement == "zero3":
         teacher_settings(config)
+    if rank == 0 and (sentence := replaced_scheduler(config)):
+        logger.info(sentence)
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find() if train else None
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint

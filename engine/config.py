@@ -10,20 +10,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import types
+import importlib.util
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from engine.paths import expand_path
+from engine.values import as_bool, coerce, plain
 
 DIVERGENCE_KINDS = ("jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-TRACKERS = ("wandb", "tensorboard", "none")
+TRACKERS = ("wandb", "tensorboard", "all", "none")
 
 
-def option(default: Any, text: str, choices: tuple | None = None) -> Any:
-    """A config field: `text` is its one-sentence documentation (unit and effect)."""
-    metadata = {"help": text, "choices": choices}
+def option(
+    default: Any, text: str, choices: tuple | None = None, is_path: bool = False, bools: tuple | None = None
+) -> Any:
+    """A config field: `text` is its one-sentence documentation (unit and effect).
+
+    In a path, `~` and `${VAR}` are filled in. `bools` is what true and false mean to a field that is not a bool.
+    """
+    metadata = {"help": text, "choices": choices, "is_path": is_path, "bools": bools}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -39,8 +46,10 @@ class GKDConfig:
     """
 
     # Models
-    model_name_or_path: str | None = option(None, "Student: hub name or local Hugging Face folder.")
-    teacher_model_name_or_path: str | None = option(None, "Teacher: hub name or local Hugging Face folder.")
+    model_name_or_path: str | None = option(None, "Student: hub name or local Hugging Face folder.", is_path=True)
+    teacher_model_name_or_path: str | None = option(
+        None, "Teacher: hub name or local Hugging Face folder.", is_path=True
+    )
     attn_implementation: str = option(
         "sdpa", "Attention kernel of student and teacher.", ("eager", "sdpa", "flash_attention_2")
     )
@@ -48,7 +57,7 @@ class GKDConfig:
 
     # Data
     dataset_name: str | None = option(
-        None, "Hub name, local .jsonl/.json/.parquet file, or folder (save_to_disk or data files)."
+        None, "Hub name, local .jsonl/.json/.parquet file, or folder (save_to_disk or data files).", is_path=True
     )
     dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
     dataset_train_split: str = option("train", "Split to train on.")
@@ -127,7 +136,10 @@ class GKDConfig:
         None, "Memory for one chunk of logits, in bytes; unset: 256 MiB on an accelerator, 32 MiB on CPU."
     )
     compile_loss: str = option(
-        "auto", "torch.compile for the element-wise part; `auto` compiles on an accelerator.", ("auto", "on", "off")
+        "auto",
+        "torch.compile for the element-wise part; `auto` compiles on an accelerator.",
+        ("auto", "on", "off"),
+        bools=("on", "off"),
     )
 
     # Teacher
@@ -137,8 +149,10 @@ class GKDConfig:
         ("zero3", "replicated", "tensor_parallel"),
     )
     teacher_tp_size: int = option(1, "Ranks that share a `tensor_parallel` teacher.")
-    teacher_deepspeed: Any = option(
-        None, "DeepSpeed JSON (path or dict) of a `zero3` teacher, for offload; unset: plain ZeRO-3."
+    teacher_deepspeed: dict[str, Any] | str | None = option(
+        None,
+        "DeepSpeed JSON (path, dict, text) of a `zero3` teacher, for offload; unset: plain ZeRO-3.",
+        is_path=True,
     )
 
     teacher_offload: str = option(
@@ -148,15 +162,19 @@ class GKDConfig:
     )
 
     # Run
-    output_dir: str = option("trainer_output", "Run folder: metrics, checkpoints, export.")
-    run_name: str | None = option(None, "Name of the run in the tracker; unset: the run folder's name.")
-    report_to: str = option("wandb", "Tracker beside `metrics.jsonl`, which is always written.", TRACKERS)
-    wandb_project: str = option("gkd-engine", "wandb project.")
-    wandb_entity: str | None = option(None, "wandb team or user.")
-    wandb_group: str | None = option(None, "wandb run group.")
-    wandb_tags: list[str] = option([], "wandb tags.")
+    output_dir: str = option("trainer_output", "Run folder: metrics, checkpoints, export.", is_path=True)
+    run_name: str | None = option(None, "Name of the run in trackers; unset: WANDB_NAME, else the run folder's name.")
+    report_to: list[str] | str = option(
+        "wandb", "Trackers beside `metrics.jsonl`, which is always written: one, several, `all` or `none`.", TRACKERS
+    )
+    wandb_project: str | None = option(None, "wandb project; unset: WANDB_PROJECT, else `gkd-engine`.")
+    wandb_entity: str | None = option(None, "wandb team or user; unset: WANDB_ENTITY.")
+    wandb_group: str | None = option(None, "wandb run group; unset: WANDB_RUN_GROUP.")
+    wandb_tags: list[str] = option([], "wandb tags; unset: WANDB_TAGS.")
     wandb_mode: str = option(
-        "auto", "`auto` is online where a key is set, else offline.", ("auto", "online", "offline", "disabled")
+        "auto",
+        "`auto` is what WANDB_DISABLED or WANDB_MODE says, else online where a key is set, else offline.",
+        ("auto", "online", "offline", "disabled"),
     )
     logging_steps: int = option(10, "Steps between two printed lines; `metrics.jsonl` has every step.")
     eval_steps: int | None = option(
@@ -175,10 +193,15 @@ class GKDConfig:
     )
     max_bad_steps: int = option(5, "Steps in a row without a finite loss and gradient that end the run.")
     resume_from_checkpoint: str | None = option(
-        None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks."
+        None,
+        "`auto` or true (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks.",
+        is_path=True,
+        bools=("auto", None),
     )
     seed: int = option(42, "Seed of data order, on-policy draws and sampling.")
-    deepspeed: Any = option(None, "DeepSpeed JSON (path or dict); unset: ZeRO-3 without offload.")
+    deepspeed: dict[str, Any] | str | None = option(
+        None, "DeepSpeed JSON (path, dict, text); unset: ZeRO-3 without offload.", is_path=True
+    )
     timeout_s: int = option(600, "Seconds after which a collective without an answer ends the run.")
     prepare_timeout_s: int = option(
         7200, "Seconds to wait for the first rank of a host to download models and read the data."
@@ -191,11 +214,18 @@ class GKDConfig:
     def _check_types(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            value = coerce(item.name, getattr(self, item.name), hints[item.name])
+            name, value = item.name, plain(getattr(self, item.name))
+            if item.metadata["bools"] and as_bool(value) is not None:
+                value = item.metadata["bools"][0 if as_bool(value) else 1]
+            value = coerce(name, value, hints[name])
             choices = item.metadata["choices"]
-            if choices is not None and value not in choices:
-                raise ValueError(f"{item.name}={value!r}: must be one of {', '.join(map(str, choices))}")
-            setattr(self, item.name, value)
+            for one in value if isinstance(value, list) else [value]:
+                if choices is not None and one not in choices:
+                    raise ValueError(f"{name}={one!r}: must be one of {', '.join(map(str, choices))}")
+            if item.metadata["is_path"] and isinstance(value, str):
+                value = expand_path(value, name)
+            setattr(self, name, value)
+        self.report_to = chosen_trackers(list(self.report_to))
 
     def _check_ranges(self) -> None:
         def require(ok: bool, name: str, allowed: str) -> None:
@@ -269,35 +299,14 @@ class GKDConfig:
         return dataclasses.asdict(self)
 
 
-def coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of the annotation `hint`; YAML's "1e-5" becomes a float, "true" a bool.
-
-    Raises:
-        ValueError: where the value cannot be of that type.
-    """
-    if hint is Any:
-        return value
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or value in ("none", "null"):
-        if type(None) in kinds:
-            return None
-        if value is None:
-            raise ValueError(f"{name} is empty: must be of type {getattr(hint, '__name__', hint)}")
-    for kind in kinds:
-        try:
-            if kind is bool and isinstance(value, (bool, str)):
-                return {"true": True, "false": False}[str(value).lower()]
-            if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-                return int(float(value))
-            if kind is float and not isinstance(value, bool):
-                return float(value)
-            if kind is str and isinstance(value, (str, Path)):
-                return str(value)
-            if typing.get_origin(kind) is list and isinstance(value, (list, tuple, str)):
-                return value.split(",") if isinstance(value, str) else list(value)
-        except (ValueError, TypeError, KeyError, OverflowError):
-            continue  # another member of the union may fit
-    raise ValueError(f"{name}={value!r}: must be of type {str(getattr(hint, '__name__', hint)).replace('typing.', '')}")
+def chosen_trackers(names: list[str]) -> list[str]:
+    """The trackers that `report_to` names: none of them for `none`, every one that is installed for `all`."""
+    special = [name for name in names if name in ("all", "none")]
+    if special and len(set(names)) > 1:
+        raise ValueError(f"report_to={names!r}: `{special[0]}` stands alone")
+    if names == ["all"]:
+        return [name for name in ("wandb", "tensorboard") if importlib.util.find_spec(name) is not None]
+    return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 def config_from_dict(values: dict[str, Any], source: str = "config") -> GKDConfig:

@@ -31,7 +31,7 @@ ALLOWED_PATHS = (
 
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
-    0: {"config", "settings", "errors"},
+    0: {"config", "values", "paths", "settings", "deepspeed_json", "errors"},
     1: {
         "distributed",
         "hosts",
