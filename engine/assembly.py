@@ -32,7 +32,7 @@ from engine.parts import check_saveable, export_parts
 from engine.performance import Meter
 from engine.rollout import Rollout
 from engine.selection import MapRows
-from engine.settings import resolve_deepspeed, teacher_settings
+from engine.settings import replaced_scheduler, resolve_deepspeed, teacher_settings
 from engine.sources import has_split
 from engine.startup import init_distributed
 from engine.student import Student, build_student
@@ -92,6 +92,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     resolve_deepspeed(config, world_size)  # so that a contradiction in it is named first
     if config.teacher_placement == "zero3":
         teacher_settings(config)
+    if rank == 0 and (sentence := replaced_scheduler(config)):
+        logger.info(sentence)
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find() if train else None
     if train:

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
+from engine.paths import expand_path
+from engine.values import as_bool
 
 
 def main(arguments: list[str]) -> int:
@@ -86,29 +88,58 @@ def field_table() -> str:
     return "\n".join(lines)
 
 
-def parse_overrides(words: list[str]) -> dict[str, str]:
-    """`--field value` and `--field=value` pairs; a bare `--field` means true.
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`--field value`, `--field=value`, and `--field a b` for a list; of a flag given twice the last one counts.
+
+    A bare `--field` means true, and `--no_field` false, where the field has these.
 
     Raises:
-        ValueError: for a word that belongs to no flag.
+        ValueError: for a word that belongs to no flag, or a flag without the value that it needs.
     """
-    values: dict[str, str] = {}
-    index = 0
-    while index < len(words):
-        word = words[index]
+    values: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("--"):
             raise ValueError(f"unexpected argument {word!r}: overrides are written --field value")
         name, equals, value = word[2:].partition("=")
-        index += 1
-        if not equals:
-            has_value = index < len(words) and not words[index].startswith("--")
-            value = words[index] if has_value else "true"
-            index += has_value
-        values[name.replace("-", "_")] = value
+        name = name.replace("-", "_")
+        if name.startswith("no_") and field_kind(name[3:]) == "bool":
+            if equals:
+                raise ValueError(f"{word}: write --{name[3:]} {value}, or --{name} alone")
+            values[name[3:]] = "false"
+            continue
+        own = [value] if equals else take_values(name, rest)
+        if not own and field_kind(name) in ("value", "list"):
+            raise ValueError(f"--{name} needs a value")
+        values[name] = (own[0] if len(own) == 1 else own) if own else "true"
     return values
 
 
-def read_config(path: Path | None, overrides: dict[str, str]) -> GKDConfig:
+def field_kind(name: str) -> str | None:
+    """What a flag takes: "bool", "list", "switch" (a value, or bare for true), "value"; None for an unknown one."""
+    items = {item.name: item for item in dataclasses.fields(GKDConfig)}
+    if name not in items:
+        return None
+    hint = str(items[name].type)
+    if hint == "bool":
+        return "bool"
+    return "switch" if items[name].metadata["bools"] else "list" if hint.startswith("list") else "value"
+
+
+def take_values(name: str, rest: list[str]) -> list[str]:
+    """Move the words that belong to a flag out of `rest`: what a bool cannot use is not its own."""
+    kind, own = field_kind(name), []
+    while rest and not rest[0].startswith("--"):
+        if kind == "bool" and as_bool(rest[0]) is None:
+            break
+        own.append(rest.pop(0))
+        if kind != "list":
+            break
+    return own
+
+
+def read_config(path: Path | None, overrides: dict[str, Any]) -> GKDConfig:
     """The configuration from a YAML file and flags.
 
     Raises:
@@ -116,6 +147,7 @@ def read_config(path: Path | None, overrides: dict[str, str]) -> GKDConfig:
     """
     values: Any = {}
     if path is not None:
+        path = Path(expand_path(str(path), "--config"))
         if not path.is_file():
             raise ValueError(f"--config {path}: no such file")
         try:
@@ -128,7 +160,7 @@ def read_config(path: Path | None, overrides: dict[str, str]) -> GKDConfig:
     return config_from_dict(values | overrides, "command line")
 
 
-def train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = read_config(options.config, overrides)
     from engine.logs import open_rank_log
     from engine.trainer import GKDTrainer
@@ -164,12 +196,12 @@ def print_summary(trainer: Any) -> None:
             print(f"{label:<9}{decode(evaluation.answer_ids, skip_special_tokens=True)!r}")
     folder = Path(trainer.config.output_dir)
     print(f"\nrun folder:    {folder}\nmetrics:       {folder / 'metrics.jsonl'}")
-    if trainer.tracker.location:
-        print(f"{trainer.config.report_to + ' run:':<15}{trainer.tracker.location}")
+    for name, where in trainer.tracker.locations.items():
+        print(f"{name + ' run:':<14} {where}")
     print(f"student (HF):  {folder / 'final'}")
 
 
-def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = read_config(options.config, overrides)
     from engine.assembly import Inputs, assemble
 
@@ -182,7 +214,7 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-def check(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+def check(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = read_config(options.config, overrides)
     import torch.distributed as dist
 
@@ -198,7 +230,7 @@ def check(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 2 if problems else 0
 
 
-def export(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+def export(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if overrides:
         raise ValueError(f"export takes no configuration fields, got {', '.join(overrides)}")
     import torch
@@ -206,8 +238,9 @@ def export(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from engine.export import export_checkpoint
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    export_checkpoint(options.checkpoint, options.out, dtype)
-    print(f"wrote {options.out}")
+    checkpoint, out = (Path(expand_path(str(path), "export")) for path in (options.checkpoint, options.out))
+    export_checkpoint(checkpoint, out, dtype)
+    print(f"wrote {out}")
     return 0
 
 
@@ -219,7 +252,7 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def print_fields(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+def print_fields(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     print(field_table())
     return 0
 

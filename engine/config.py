@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import json
-import types
+import importlib.util
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from engine.paths import expand_path
+from engine.values import as_bool, coerce, plain
 
 DIVERGENCE_KINDS = ("jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-TRACKERS = ("wandb", "tensorboard", "none")
+TRACKERS = ("wandb", "tensorboard", "all", "none")
 # What the engine itself hands to a chat template or to `apply_chat_template`.
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -28,9 +29,14 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 )  # fmt: skip
 
 
-def option(default: Any, text: str, choices: tuple | None = None) -> Any:
-    """A config field: `text` is its one-sentence documentation (unit and effect)."""
-    metadata = {"help": text, "choices": choices}
+def option(
+    default: Any, text: str, choices: tuple | None = None, is_path: bool = False, bools: tuple | None = None
+) -> Any:
+    """A config field: `text` is its one-sentence documentation (unit and effect).
+
+    In a path, `~` and `${VAR}` are filled in. `bools` is what true and false mean to a field that is not a bool.
+    """
+    metadata = {"help": text, "choices": choices, "is_path": is_path, "bools": bools}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,8 +52,10 @@ class GKDConfig:
     """
 
     # Models
-    model_name_or_path: str | None = option(None, "Student: hub name or local Hugging Face folder.")
-    teacher_model_name_or_path: str | None = option(None, "Teacher: hub name or local Hugging Face folder.")
+    model_name_or_path: str | None = option(None, "Student: hub name or local Hugging Face folder.", is_path=True)
+    teacher_model_name_or_path: str | None = option(
+        None, "Teacher: hub name or local Hugging Face folder.", is_path=True
+    )
     attn_implementation: str = option(
         "sdpa", "Attention kernel of student and teacher.", ("eager", "sdpa", "flash_attention_2")
     )
@@ -58,7 +66,7 @@ class GKDConfig:
 
     # Data
     dataset_name: str | None = option(
-        None, "Hub name, local .jsonl/.json/.parquet file, or folder (save_to_disk or data files)."
+        None, "Hub name, local .jsonl/.json/.parquet file, or folder (save_to_disk or data files).", is_path=True
     )
     dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
     dataset_train_split: str = option("train", "Split to train on.")
@@ -68,7 +76,7 @@ class GKDConfig:
         1024, "Longest prompt plus completion, in tokens; completions are cut to fit, prompts never."
     )
     max_samples: int | None = option(None, "Use only the first so many training rows.")
-    chat_template_kwargs: dict = option(
+    chat_template_kwargs: dict[str, Any] = option(
         {}, "Variables of the chat template, such as enable_thinking; a row's own column of that name wins."
     )
     on_bad_row: str = option(
@@ -148,7 +156,10 @@ class GKDConfig:
         None, "Memory for one chunk of logits, in bytes; unset: 256 MiB on an accelerator, 32 MiB on CPU."
     )
     compile_loss: str = option(
-        "auto", "torch.compile for the element-wise part; `auto` compiles on an accelerator.", ("auto", "on", "off")
+        "auto",
+        "torch.compile for the element-wise part; `auto` compiles on an accelerator.",
+        ("auto", "on", "off"),
+        bools=("on", "off"),
     )
 
     # Teacher
@@ -158,8 +169,10 @@ class GKDConfig:
         ("zero3", "replicated", "tensor_parallel"),
     )
     teacher_tp_size: int = option(1, "Ranks that share a `tensor_parallel` teacher.")
-    teacher_deepspeed: Any = option(
-        None, "DeepSpeed JSON (path or dict) of a `zero3` teacher, for offload; unset: plain ZeRO-3."
+    teacher_deepspeed: dict[str, Any] | str | None = option(
+        None,
+        "DeepSpeed JSON (path, dict, text) of a `zero3` teacher, for offload; unset: plain ZeRO-3.",
+        is_path=True,
     )
 
     teacher_offload: str = option(
@@ -169,18 +182,22 @@ class GKDConfig:
     )
 
     # Run
-    output_dir: str = option("trainer_output", "Run folder: metrics, checkpoints, export.")
+    output_dir: str = option("trainer_output", "Run folder: metrics, checkpoints, export.", is_path=True)
     overwrite_output_dir: bool = option(
         False, "Start anew in a folder that holds an earlier run, whose checkpoints, metrics and export are removed."
     )
-    run_name: str | None = option(None, "Name of the run in the tracker; unset: the run folder's name.")
-    report_to: str = option("wandb", "Tracker beside `metrics.jsonl`, which is always written.", TRACKERS)
-    wandb_project: str = option("gkd-engine", "wandb project.")
-    wandb_entity: str | None = option(None, "wandb team or user.")
-    wandb_group: str | None = option(None, "wandb run group.")
-    wandb_tags: list[str] = option([], "wandb tags.")
+    run_name: str | None = option(None, "Name of the run in trackers; unset: WANDB_NAME, else the run folder's name.")
+    report_to: list[str] | str = option(
+        "wandb", "Trackers beside `metrics.jsonl`, which is always written: one, several, `all` or `none`.", TRACKERS
+    )
+    wandb_project: str | None = option(None, "wandb project; unset: WANDB_PROJECT, else `gkd-engine`.")
+    wandb_entity: str | None = option(None, "wandb team or user; unset: WANDB_ENTITY.")
+    wandb_group: str | None = option(None, "wandb run group; unset: WANDB_RUN_GROUP.")
+    wandb_tags: list[str] = option([], "wandb tags; unset: WANDB_TAGS.")
     wandb_mode: str = option(
-        "auto", "`auto` is online where a key is set, else offline.", ("auto", "online", "offline", "disabled")
+        "auto",
+        "`auto` is what WANDB_DISABLED or WANDB_MODE says, else online where a key is set, else offline.",
+        ("auto", "online", "offline", "disabled"),
     )
     logging_steps: int = option(10, "Steps between two printed lines; `metrics.jsonl` has every step.")
     eval_steps: int | None = option(
@@ -199,14 +216,19 @@ class GKDConfig:
     )
     max_bad_steps: int = option(5, "Steps in a row without a finite loss and gradient that end the run.")
     resume_from_checkpoint: str | None = option(
-        None, "`auto` (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks."
+        None,
+        "`auto` or true (newest complete one, or a fresh start) or a checkpoint's path; any number of ranks.",
+        is_path=True,
+        bools=("auto", None),
     )
     allow_data_change: bool = option(
         False,
         "On resume, take other rows or another seed than the checkpoint's, and begin the data anew; else an error.",
     )
     seed: int = option(42, "Seed of data order, on-policy draws and sampling.")
-    deepspeed: Any = option(None, "DeepSpeed JSON (path or dict); unset: ZeRO-3 without offload.")
+    deepspeed: dict[str, Any] | str | None = option(
+        None, "DeepSpeed JSON (path, dict, text); unset: ZeRO-3 without offload.", is_path=True
+    )
     timeout_s: int = option(600, "Seconds after which a collective without an answer ends the run.")
     prepare_timeout_s: int = option(
         7200, "Seconds to wait for the first rank of a host to download models and read the data."
@@ -219,11 +241,18 @@ class GKDConfig:
     def _check_types(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            value = coerce(item.name, getattr(self, item.name), hints[item.name])
+            name, value = item.name, plain(getattr(self, item.name))
+            if item.metadata["bools"] and as_bool(value) is not None:
+                value = item.metadata["bools"][0 if as_bool(value) else 1]
+            value = coerce(name, value, hints[name])
             choices = item.metadata["choices"]
-            if choices is not None and value not in choices:
-                raise ValueError(f"{item.name}={value!r}: must be one of {', '.join(map(str, choices))}")
-            setattr(self, item.name, value)
+            for one in value if isinstance(value, list) else [value]:
+                if choices is not None and one not in choices:
+                    raise ValueError(f"{name}={one!r}: must be one of {', '.join(map(str, choices))}")
+            if item.metadata["is_path"] and isinstance(value, str):
+                value = expand_path(value, name)
+            setattr(self, name, value)
+        self.report_to = chosen_trackers(list(self.report_to))
 
     def _check_ranges(self) -> None:
         def require(ok: bool, name: str, allowed: str) -> None:
@@ -306,39 +335,14 @@ class GKDConfig:
         return dataclasses.asdict(self)
 
 
-def coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of the annotation `hint`; YAML's "1e-5" becomes a float, "true" a bool.
-
-    Raises:
-        ValueError: where the value cannot be of that type.
-    """
-    if hint is Any:
-        return value
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or value in ("none", "null"):
-        if type(None) in kinds:
-            return None
-        if value is None:
-            raise ValueError(f"{name} is empty: must be of type {getattr(hint, '__name__', hint)}")
-    for kind in kinds:
-        try:
-            if kind is bool and isinstance(value, (bool, str)):
-                return {"true": True, "false": False}[str(value).lower()]
-            if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-                return int(float(value))
-            if kind is float and not isinstance(value, bool):
-                return float(value)
-            if kind is str and isinstance(value, (str, Path)):
-                return str(value)
-            if kind is dict and isinstance(value, (dict, str)):
-                read = json.loads(value) if isinstance(value, str) else value
-                if isinstance(read, dict) and all(isinstance(key, str) for key in read):
-                    return dict(read)
-            if typing.get_origin(kind) is list and isinstance(value, (list, tuple, str)):
-                return value.split(",") if isinstance(value, str) else list(value)
-        except (ValueError, TypeError, KeyError, OverflowError):
-            continue  # another member of the union may fit
-    raise ValueError(f"{name}={value!r}: must be of type {str(getattr(hint, '__name__', hint)).replace('typing.', '')}")
+def chosen_trackers(names: list[str]) -> list[str]:
+    """The trackers that `report_to` names: none of them for `none`, every one that is installed for `all`."""
+    special = [name for name in names if name in ("all", "none")]
+    if special and len(set(names)) > 1:
+        raise ValueError(f"report_to={names!r}: `{special[0]}` stands alone")
+    if names == ["all"]:
+        return [name for name in ("wandb", "tensorboard") if importlib.util.find_spec(name) is not None]
+    return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 def config_from_dict(values: dict[str, Any], source: str = "config") -> GKDConfig:

@@ -1,10 +1,10 @@
 """Tracking: what a run writes down about itself.
 
-`metrics.jsonl` in the run folder is always written and is the record that tests and users compare; a second
-tracker (wandb or tensorboard) and the console get the same figures. Only the main rank writes. No function here
+`metrics.jsonl` in the run folder is always written and is the record that tests and users compare; other
+trackers (wandb, tensorboard) and the console get the same figures. Only the main rank writes. No function here
 contains a collective, and nothing here knows of models or losses.
 
-A tracker's server that fails must not stop training: every call to one goes through `Tracker._on_backend`, the
+A tracker's server that fails must not stop training: every call to one goes through `Tracker._on_backends`, the
 only place in the package that catches every exception. `metrics.jsonl` is not a tracker in this sense: where it
 cannot be written, the run stops.
 """
@@ -31,6 +31,7 @@ import yaml
 from engine.config import GKDConfig
 from engine.progress import Progress
 from engine.timing import Phases
+from engine.values import as_bool
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ Metric = float | int | bool | str | None
 # wandb's own limits are 90 s and none at all; an unreachable server would hold the cluster for as long.
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 60.0
+
+WANDB_PROJECT = "gkd-engine"  # where neither the configuration nor WANDB_PROJECT says another
 
 VERSIONED_PACKAGES = ("gkd-engine", "torch", "deepspeed", "transformers", "accelerate", "datasets", "wandb")
 
@@ -58,8 +61,8 @@ class Tracker:
     """Metrics of one run. Every rank holds one; on ranks other than the main one all but `time` does nothing.
 
     Attributes:
-        run_id: wandb's id, new where `run_id` is None; kept across a resume through the checkpoint. On ranks
-            other than the main one it is the `run_id` given.
+        run_id: wandb's id; WANDB_RUN_ID or a new one where `run_id` is None. A resume keeps the checkpoint's, whatever
+            WANDB_RUN_ID says, and goes on with that record. On other ranks than the main one it is the `run_id` given.
     """
 
     def __init__(
@@ -78,27 +81,29 @@ class Tracker:
         self._first_step = 0
         self._last_step: int | None = None
         self._progress: Progress | None = None
-        self._backend: Backend | None = None
+        self._backends: dict[str, Backend] = {}
         self._is_open = False
         if not is_main:
             return
-        self.run_id = run_id or secrets.token_hex(4)
+        self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         record = {**config.to_dict(), **extra_config, "versions": package_versions(), "command": command_line()}
-        if config.report_to == "wandb" and config.wandb_mode != "disabled":
-            self._backend = WandbBackend(config, self.run_dir, self.run_id, record)
-        elif config.report_to == "tensorboard":
-            self._backend = TensorboardBackend(self.run_dir / "tensorboard", record)
+        if "wandb" in config.report_to and wandb_mode(config.wandb_mode) != "disabled":
+            if self.run_id != os.environ.get("WANDB_RUN_ID", self.run_id):
+                logger.warning("WANDB_RUN_ID is not used: the resumed run goes on under its own id %s", self.run_id)
+            self._backends["wandb"] = WandbBackend(config, self.run_dir, self.run_id, record)
+        if "tensorboard" in config.report_to:
+            self._backends["tensorboard"] = TensorboardBackend(self.run_dir / "tensorboard", record)
 
     @property
     def metrics_path(self) -> Path:
         return self.run_dir / "metrics.jsonl"
 
     @property
-    def location(self) -> str | None:
-        """Where the second tracker's run is: a folder or an address; None where there is none."""
-        return self._backend.location if self._backend is not None else None
+    def locations(self) -> dict[str, str]:
+        """Where each tracker's run is, by its name: a folder or an address."""
+        return {name: backend.location for name, backend in self._backends.items() if backend.location is not None}
 
     def begin(self, step: int, total_steps: int) -> None:
         """Start the clock of a run with `step` of its `total_steps` behind it, and `rewind` to `step`."""
@@ -117,9 +122,9 @@ class Tracker:
         for path in (self.metrics_path, *sorted((self.run_dir / "tables").glob("*.jsonl"))):
             drop_later_lines(path, step)
         if self._is_open:
-            self._on_backend(lambda backend: backend.finish())
+            self._on_backends(lambda backend: backend.finish())
         self._is_open = True
-        self._on_backend(lambda backend: backend.open(step))
+        self._on_backends(lambda backend: backend.open(step))
 
     def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Append a line to `metrics.jsonl`: `step`, `metrics`, and the seconds under `time` since the last call.
@@ -136,12 +141,12 @@ class Tracker:
             append_line(self.metrics_path, {"step": step, **metrics})
         self._last_step = step
         self._open_once()
-        self._on_backend(lambda backend: backend.log(step, metrics))
+        self._on_backends(lambda backend: backend.log(step, metrics))
         if self._progress is not None:
             self._progress.show(step, metrics)
 
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record rows of text or figures, such as samples: `tables/<name>.jsonl` in the run folder, and the tracker."""
+        """Record rows of text or figures, such as samples, in `tables/<name>.jsonl` and the trackers."""
         if not self.is_main:
             return
         path = self.run_dir / "tables" / f"{name}.jsonl"
@@ -149,35 +154,34 @@ class Tracker:
         for row in rows:
             append_line(path, {"step": step, **dict(zip(columns, row, strict=True))})
         self._open_once()
-        self._on_backend(lambda backend: backend.table(name, step, columns, rows))
+        self._on_backends(lambda backend: backend.table(name, step, columns, rows))
 
     def time(self, name: str) -> AbstractContextManager[None]:
         """Add a block's seconds to `perf/<name>_s` of the next `log`."""
         return self._phases.time(name)
 
     def finish(self) -> None:
-        """Close the second tracker, waiting a bounded time for its upload."""
+        """Close the trackers, waiting a bounded time for an upload."""
         if self._progress is not None:
             self._progress.close()
-        self._on_backend(lambda backend: backend.finish())
+        self._on_backends(lambda backend: backend.finish())
 
     def _open_once(self) -> None:
         if not self._is_open:
             self._is_open = True
-            self._on_backend(lambda backend: backend.open(self._first_step))
+            self._on_backends(lambda backend: backend.open(self._first_step))
 
-    def _on_backend(self, action: Callable[[Backend], None]) -> None:
-        """Run `action` on the second tracker; at its first failure, warn and go on without it."""
-        if self._backend is None:
-            return
-        try:
-            action(self._backend)
-        except Exception as error:
-            logger.warning(
-                "%s failed and is switched off; training goes on, and %s has every metric. %s: %s",
-                self.config.report_to, self.metrics_path, type(error).__name__, error,
-            )  # fmt: skip
-            self._backend = None
+    def _on_backends(self, action: Callable[[Backend], None]) -> None:
+        """Run `action` on each tracker; at one's first failure, warn and go on without it."""
+        for name, backend in list(self._backends.items()):
+            try:
+                action(backend)
+            except Exception as error:
+                logger.warning(
+                    "%s failed and is switched off; training goes on, and %s has every metric. %s: %s",
+                    name, self.metrics_path, type(error).__name__, error,
+                )  # fmt: skip
+                del self._backends[name]
 
 
 class WandbBackend:
@@ -212,19 +216,19 @@ class WandbBackend:
         self.run.define_metric("*", step_metric="step")
 
     def _init(self, mode: Any) -> Any:
-        """`mode` may be whatever WANDB_MODE says; wandb checks it."""
+        """`mode` may be whatever WANDB_MODE says; wandb checks it, and reads the other variables where we say None."""
         import wandb
 
         config = self.config
         return wandb.init(
-            project=config.wandb_project,
+            project=config.wandb_project or os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
             entity=config.wandb_entity,
-            group=config.wandb_group,
+            group=config.wandb_group or os.environ.get("WANDB_RUN_GROUP"),  # wandb 0.31 reads it and forgets it
             tags=config.wandb_tags or None,
-            name=config.run_name or self.run_dir.name,
+            name=config.run_name or os.environ.get("WANDB_NAME") or self.run_dir.name,
             id=self.run_id,
             resume="allow",
-            dir=self.run_dir,
+            dir=os.environ.get("WANDB_DIR") or self.run_dir,
             mode=mode,
             config=self.record,
             settings=wandb.Settings(
@@ -276,12 +280,15 @@ class TensorboardBackend:
 
 
 def wandb_mode(wanted: str) -> str:
-    """`wanted`, with `auto` decided by WANDB_MODE or else by whether there is a key.
+    """`wanted`, with `auto` decided by WANDB_DISABLED, WANDB_MODE, or else by whether there is a key.
 
     Never online without a key: wandb would ask for one at the terminal, and the run would hang there.
     """
+    if wanted == "auto" and as_bool(os.environ.get("WANDB_DISABLED")):
+        return "disabled"
     if wanted == "auto":
         wanted = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+        wanted = {"run": "online", "dryrun": "offline"}.get(wanted, wanted)  # the words of older versions
     if wanted == "online" and not has_wandb_key():
         logger.warning("wandb is to be online, but has no key (WANDB_API_KEY or `wandb login`): recording offline")
         return "offline"

@@ -20,6 +20,7 @@ from engine.evaluation import Evaluation
 from engine.export import export_student
 from engine.faults import sample_rows
 from engine.objective import ValueSums, count_response_tokens
+from engine.paths import expand_path
 from engine.signals import Watch
 from engine.tracking import Tracker
 
@@ -56,9 +57,9 @@ class GKDTrainer:
     ) -> None:
         self.config = config = args or GKDConfig()
         if isinstance(model, str):
-            config.model_name_or_path, model = model, None
+            config.model_name_or_path, model = expand_path(model, "model"), None
         if isinstance(teacher_model, str):
-            config.teacher_model_name_or_path, teacher_model = teacher_model, None
+            config.teacher_model_name_or_path, teacher_model = expand_path(teacher_model, "teacher_model"), None
         student_tokenizer = processing_class if processing_class is not None else tokenizer
         inputs = Inputs(model, teacher_model, student_tokenizer, train_dataset, eval_dataset, teacher_processing_class)
         self.run = assemble(config, inputs)

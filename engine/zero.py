@@ -59,7 +59,7 @@ def local_piece(param: torch.Tensor) -> torch.Tensor:
     """This rank's flat piece of a ZeRO-3 parameter on the accelerator; read-only. The last one ends in padding.
 
     Raises:
-        ValueError: where the piece lies on NVMe, or is cut over fewer ranks than the world (MiCS).
+        ValueError: where the piece lies on NVMe.
     """
     piece = param.ds_tensor
     if piece.numel() == 0 or piece.status != PartitionedParamStatus.AVAILABLE:
@@ -67,8 +67,6 @@ def local_piece(param: torch.Tensor) -> torch.Tensor:
             "deepspeed `offload_param.device`=nvme: the head's weights must stay in memory; use cpu there. "
             "`offload_optimizer.device` may be nvme"
         )
-    if piece.ds_numel * dist.get_world_size() < param.ds_numel:
-        raise ValueError("the head is partitioned over a subgroup of the ranks (MiCS): only plain ZeRO-3 is supported")
     return piece.detach().to(get_accelerator().current_device_name())
 
 
@@ -91,11 +89,10 @@ def partitioned_construction(settings: dict[str, Any]) -> deepspeed.zero.Init:
 
 
 def can_fill_pieces(settings: dict[str, Any]) -> bool:
-    """Whether pieces lie in memory, once each: not on NVMe, and without the second copy of hpZ or MiCS."""
+    """Whether pieces lie in memory, once each: not on NVMe, and without the second copy of hpZ."""
     zero_settings = settings["zero_optimization"]
     on_nvme = zero_settings.get("offload_param", {}).get("device") == "nvme"
-    several = zero_settings.get("zero_hpz_partition_size", 1) > 1 or zero_settings.get("mics_shard_size", -1) > 0
-    return not on_nvme and not several
+    return not on_nvme and zero_settings.get("zero_hpz_partition_size", 1) <= 1
 
 
 def piece_span(param: torch.Tensor) -> tuple[int, int]:

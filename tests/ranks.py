@@ -1,7 +1,8 @@
 """Real process groups for tests: rank processes that start once per world size and run many checks.
 
 `Ranks(n).run(function, *args)` calls a module-level function on every rank and returns the list of results. A rank's
-exception comes back with its traceback; a rank that does not answer in time has its stacks dumped and is killed.
+exception comes back with its traceback; a rank that does not answer in time has its stacks dumped and is killed. Where
+the machine allows, the ranks have a network of their own, so that bytes counted on its loopback are theirs.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch.multiprocessing as multiprocessing
+
+from engine.bench.loopback import private_loopback, why_not_private
 
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
@@ -59,12 +63,13 @@ class Ranks:
         self.folder = tempfile.mkdtemp(prefix=f"ranks{world_size}_")
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self.folder, theirs), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        with private_loopback() if why_not_private() is None else nullcontext():
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, world_size, self.folder, theirs), daemon=True)
+                process.start()
+                self.pipes.append(ours)
+                self.processes.append(process)
 
     def run(self, function, *args, deadline_s: float = 180) -> list:
         for pipe in self.pipes:

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from engine import volume
+from engine.bench.loopback import private_loopback, why_not_private
 from engine.bench.measure import Measured, measure
 from engine.distributed import VocabGroups, build_vocab_groups
 from engine.loss.divergence import DivergenceSpec, dense_divergence
@@ -82,6 +84,9 @@ def run(options: argparse.Namespace) -> int:
     size = Size(**{name: getattr(options, name) for name in names})
     rows = bench(size)
     print(format_table(size, rows))
+    shared = why_not_private()
+    if shared and any(row.sent_bytes is not None for row in rows):
+        print(f"`sent` counts whatever else passed over this machine's loopback, too: {shared}")
     if options.json:
         options.json.write_text(json.dumps({"size": asdict(size), "rows": [asdict(row) for row in rows]}, indent=1))
     return 0
@@ -92,7 +97,11 @@ def bench(size: Size) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         # Without these, glibc keeps freed blocks and the peak of one contender hides that of the next.
         os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**22), MALLOC_TRIM_THRESHOLD_=str(2**26), OMP_NUM_THREADS="1")
-        multiprocessing.spawn(_rank, args=(size, folder), nprocs=size.ranks)
+        # On a loopback of their own where that can be, so that the bytes counted there are theirs.
+        with private_loopback() if why_not_private() is None else nullcontext():
+            ranks = multiprocessing.spawn(_rank, args=(size, folder), nprocs=size.ranks, join=False)
+        while not ranks.join():
+            pass
         return [Row(**row) for row in json.loads((Path(folder) / "rows.json").read_text())]
 
 

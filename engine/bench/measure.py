@@ -19,7 +19,8 @@ class Measured:
     Attributes:
         seconds: wall time, device included.
         peak_bytes: highest memory during the run over that before it, what it returned included.
-        sent_bytes: bytes of all ranks through the loopback interface; None where they do not go through it.
+        sent_bytes: bytes through the ranks' loopback interface, all of them theirs where it is their own (loopback.py);
+            None where they do not go through it.
     """
 
     seconds: float
@@ -71,7 +72,7 @@ def _status_bytes(field: str) -> int:
 
 
 def loopback_bytes() -> int:
-    """Bytes that this machine's loopback interface has received."""
+    """Bytes that the loopback interface of this process's network has received."""
     return received_bytes("lo")
 
 

@@ -18,7 +18,7 @@ from tests.integration.launch import ROOT, launcher, run
 from tests.models import write_run_inputs
 from tests.ranks import Ranks
 
-SEED_DOCUMENT = ROOT.parent / "shared" / "seeds" / "000_ca7f9b85f91b751a.txt"
+TRL_EXAMPLE = ROOT / "tests" / "integration" / "trl_example.md"
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,7 @@ TRL_SWAP = {
 @pytest.mark.parametrize("kind,num_ranks", [("python", 1), ("deepspeed", 2), ("torchrun", 2)])
 def test_trls_example_with_one_import_changed(recipe, tmp_path, kind, num_ranks):
     """The basic example of TRL's documentation, tiny models in place of Qwen2 and fewer rows."""
-    text = SEED_DOCUMENT.read_text()
-    code = text.split("```python\n")[1].split("```")[0]
+    code = TRL_EXAMPLE.read_text().split("```python\n")[1].split("```")[0]
     for old, new in TRL_SWAP.items():
         assert old in code
         code = code.replace(old, new)

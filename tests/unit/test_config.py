@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.cli import field_table, main, parse_overrides, read_config
@@ -33,6 +35,11 @@ ROOT = Path(__file__).parents[2]
         ({"vocab_parallel_size": "node"}, "vocab_parallel_size='node': must be `auto` or a positive number"),
         ({"max_new_tokens": 100, "max_length": 100}, "max_new_tokens=100: must be below max_length=100"),
         ({"dataset_streaming": True}, "a stream has no length, so set max_steps"),
+        ({"learning_rate": "nan"}, "learning_rate='nan': must be of type float"),
+        ({"report_to": "wandb,mlflow"}, "report_to='mlflow': must be one of wandb, tensorboard, all, none"),
+        ({"report_to": ["none", "wandb"]}, "report_to=.*`none` stands alone"),
+        ({"wandb_tags": "[a,b]"}, r"wandb_tags='\[a,b\]': not valid JSON .*write"),
+        ({"deepspeed": True}, r"deepspeed=True: must be of type dict"),
         ({"min_new_tokens": 500}, "min_new_tokens=500: must be between 0 and max_new_tokens"),
     ],
 )
@@ -50,6 +57,87 @@ def test_values_are_coerced():
     assert config_from_dict({"vocab_parallel_size": "2"}).vocab_parallel_size == 2
 
 
+@pytest.mark.parametrize("word", ["yes", "1", "on", "True", "Y", 1, True, np.bool_(True), np.int64(1)])
+def test_words_for_true(word):
+    assert GKDConfig(bf16=word).bf16 is True
+    assert config_from_dict({"resume_from_checkpoint": word}).resume_from_checkpoint == "auto"
+    assert GKDConfig(compile_loss=word).compile_loss == "on"
+
+
+@pytest.mark.parametrize("word", ["no", "0", "OFF", "false", "n", 0, False, np.bool_(False)])
+def test_words_for_false(word):
+    assert GKDConfig(bf16=word).bf16 is False
+    assert config_from_dict({"resume_from_checkpoint": word}).resume_from_checkpoint is None
+    assert GKDConfig(compile_loss=word).compile_loss == "off"
+
+
+@pytest.mark.parametrize("word", ["None", "null", "NONE", "", None])
+def test_words_for_unset(word):
+    config = config_from_dict({"run_name": word, "eval_steps": word, "resume_from_checkpoint": word, "deepspeed": word})
+    assert (config.run_name, config.eval_steps, config.resume_from_checkpoint, config.deepspeed) == (None,) * 4
+    with pytest.raises(ValueError, match="beta"):
+        config_from_dict({"beta": word})
+
+
+@pytest.mark.parametrize(
+    "fields,expected",
+    [
+        ({"max_steps": "1e3"}, 1000),
+        ({"max_steps": "-1"}, -1),
+        ({"max_steps": np.int64(7)}, 7),
+        ({"max_steps": 7.0}, 7),
+        ({"learning_rate": np.float32(0.5)}, 0.5),
+        ({"run_name": 2024}, "2024"),
+        ({"run_name": datetime.date(2024, 5, 1)}, "2024-05-01"),
+        ({"output_dir": Path("a/b")}, "a/b"),
+        ({"wandb_tags": '["a", "b,c"]'}, ["a", "b,c"]),
+        ({"wandb_tags": "a, b,"}, ["a", "b"]),
+        ({"wandb_tags": ""}, []),
+        ({"wandb_tags": ("a", 7)}, ["a", "7"]),
+        ({"wandb_tags": np.array(["a"])}, ["a"]),
+    ],
+    ids=str,
+)
+def test_values_as_people_give_them(fields, expected):
+    ((name, _),) = fields.items()
+    value = getattr(config_from_dict(fields), name)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "given,trackers",
+    [
+        ("wandb", ["wandb"]),
+        ("none", []),
+        ("None", []),
+        ([], []),
+        ("wandb,tensorboard", ["wandb", "tensorboard"]),
+        ('["tensorboard"]', ["tensorboard"]),
+        (("tensorboard", "wandb"), ["tensorboard", "wandb"]),
+        ("all", ["wandb", "tensorboard"]),
+    ],
+)
+def test_report_to(given, trackers):
+    config = GKDConfig(report_to=given)
+    assert config.report_to == trackers and config_from_dict(config.to_dict()) == config
+
+
+def test_paths_are_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    names = [item.name for item in dataclasses.fields(GKDConfig) if item.metadata["is_path"]]
+    assert names == ["model_name_or_path", "teacher_model_name_or_path", "dataset_name", "teacher_deepspeed",
+                     "output_dir", "resume_from_checkpoint", "deepspeed"]  # fmt: skip
+    for name in names:
+        assert getattr(GKDConfig(**{name: "~/x"}), name) == f"{tmp_path}/x"
+        assert getattr(GKDConfig(**{name: "${SCRATCH}/x"}), name) == f"{tmp_path}/scratch/x"
+        with pytest.raises(ValueError, match=f"{name}=.*: the environment variable NOWHERE is not set"):
+            GKDConfig(**{name: "${NOWHERE}/x"})
+    (tmp_path / "r.yaml").write_text("output_dir: $SCRATCH/run\n")
+    assert read_config(Path("~/r.yaml"), {}).output_dir == f"{tmp_path}/scratch/run"
+
+
 @pytest.mark.parametrize(
     "settings,message",
     [
@@ -61,7 +149,7 @@ def test_values_are_coerced():
         ({"bf16": {"enabled": False}}, "`bf16.enabled`=False contradicts.*`bf16` gives True"),
         ({"train_batch_size": 100}, "`train_batch_size`=100 contradicts.*x ranks` gives 16"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, "`optimizer.params.lr`=1 contradicts.*`learning_rate`"),
-        ({"scheduler": {}}, "remove `scheduler`; the field `lr_scheduler_type`"),
+        ({"scheduler": {"type": "OneCycle"}}, "remove `scheduler`; the field `lr_scheduler_type`"),
         ({"zero_optimization": {"stage": 2}}, "`zero_optimization.stage` must be 3"),
         ({"fp16": {"enabled": True}}, "`fp16.enabled` is not supported"),
     ],
@@ -107,6 +195,42 @@ def test_flags_override_the_recipe(tmp_path):
         read_config(recipe, {})
     with pytest.raises(ValueError, match="no such file"):
         read_config(tmp_path / "none.yaml", {})
+
+
+@pytest.mark.parametrize(
+    "words,expected",
+    [
+        ("--bf16 --seq_kd", {"bf16": True, "seq_kd": True}),
+        ("--bf16 off --max_steps -1", {"bf16": False, "max_steps": -1}),
+        ("--no_bf16 --no-disable-dropout", {"bf16": False, "disable_dropout": False}),
+        ("--resume_from_checkpoint", {"resume_from_checkpoint": "auto"}),
+        ("--resume_from_checkpoint a/b --compile_loss", {"resume_from_checkpoint": "a/b", "compile_loss": "on"}),
+        ("--run_name=", {"run_name": None}),
+        ("--lmbda 1 --lmbda 0.25", {"lmbda": 0.25}),
+        ("--report_to wandb tensorboard --seed 1", {"report_to": ["wandb", "tensorboard"], "seed": 1}),
+        ('--wandb_tags ["a","b"]', {"wandb_tags": ["a", "b"]}),
+        ('--deepspeed {"zero_optimization":{"stage":3}}', {"deepspeed": {"zero_optimization": {"stage": 3}}}),
+    ],
+)
+def test_flags(words, expected):
+    config = config_from_dict(parse_overrides(words.split()))
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("--bf16 recipe.yaml", "unexpected argument 'recipe.yaml'"),
+        ("--output_dir --seq_kd", "--output_dir needs a value"),
+        ("--seed", "--seed needs a value"),
+        ("--no_bf16=1", "--no_bf16=1: write --bf16 1, or --no_bf16 alone"),
+        ("--no_lmbda 1", "unknown field `no_lmbda`; did you mean `lmbda`"),
+        ("--lmda", "unknown field `lmda`"),
+    ],
+)
+def test_flags_that_cannot_be_meant(words, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(parse_overrides(words.split()))
 
 
 def test_a_mistake_is_one_line_and_status_2(capsys):

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +21,17 @@ RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
 TOP_LEVEL = {"pyproject.toml", "engine", "ds_configs", "launch", "tests", "README.md"}
 DOTFILES = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 
+# Absolute paths that tracked files may name, with all below them. Anything else would be a machine's own.
+ALLOWED_PATHS = (
+    "/bin/sh", "/usr/bin/env", "/usr/bin/ssh", "/usr/sbin", "/sbin",  # programs where every Linux has them
+    "/dev", "/proc", "/sys", "/run", "/etc/hosts",  # the kernel's own, and what tests of several hosts mount over
+    "/engine", "/runs",  # inside the container of launch/k8s.yaml
+    "/local_nvme", "/path/to",  # stand-ins that the reader replaces
+)  # fmt: skip
+
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
-    0: {"config", "settings", "errors"},
+    0: {"config", "values", "paths", "settings", "deepspeed_json", "errors"},
     1: {
         "distributed",
         "hosts",
@@ -45,13 +56,69 @@ LEVELS = {
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is tracked is known in a git checkout alone")
-def test_top_level_holds_only_what_the_design_names():
+in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is tracked is known in a git checkout alone")
+
+
+def own_files() -> list[Path]:
+    """Files that are tracked or would be, relative to the root."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
-    found = {path.split("/")[0] for path in listed.stdout.split("\0") if path and (ROOT / path).exists()}
-    assert found == TOP_LEVEL | DOTFILES
+    return [Path(path) for path in listed.stdout.split("\0") if path and (ROOT / path).exists()]
+
+
+@in_git
+def test_top_level_holds_only_what_the_design_names():
+    assert {path.parts[0] for path in own_files()} == TOP_LEVEL | DOTFILES
+
+
+def outside_paths(path: Path, text: str) -> list[str]:
+    """What a file at `path`, relative to the root, names that lies outside the repository."""
+    absolute = re.findall(r"(?<![\w.$}/>)\]~*\\<\[-])/[A-Za-z][\w.-]*(?:/[\w.-]+)*", text)
+    found = [name for name in absolute if not any(f"{name}/".startswith(f"{good}/") for good in ALLOWED_PATHS)]
+    depth = len(path.parts) - 1  # folders between the file and the root
+    found += [up for up in re.findall(r"(?:\.\./)+|(?:/\.\.)+", text) if up.count("..") > depth]
+    found += [
+        f"parents[{n}]" for n in re.findall(r"__file__\)(?:\.\w+\(\))*\.parents\[(\d+)\]", text) if int(n) > depth
+    ]
+    return found + re.findall(r"\bROOT\.parent\w*", text) + re.findall(r"(?<![\w/.-])shared/\w+", text)
+
+
+@in_git
+def test_nothing_names_a_path_outside_the_repository():
+    found = {str(path): outside_paths(path, (ROOT / path).read_text(errors="replace")) for path in own_files()}
+    assert {name: paths for name, paths in found.items() if paths} == {}
+
+
+def test_a_path_outside_is_found():
+    slash, up = "/", ".." + "/"
+    for text in (f"open('{slash}work/x')", f"{slash}root/.cache", f"cd {up}{up}", f"{slash}tmp/x", "ROOT" + ".parent"):
+        assert outside_paths(Path("tests/x.py"), text), text
+    assert outside_paths(Path("tests/x.py"), "Path(__file__).resolve()" + ".parents[2]")
+    for text in ("#!/usr/bin/env bash", "a/b/c", "https://host/a", "</think>", f"cd {up}", "Path(__file__).parents[1]"):
+        assert not outside_paths(Path("tests/x.py"), text), text
+
+
+def test_ci_runs_the_suite_in_a_clone_that_stands_alone(tmp_path):
+    """What is committed, nothing beside it; the status and the words of the suite; nothing left behind."""
+    checkout, temporary = tmp_path / "around" / "checkout", tmp_path / "temporary"
+    for folder in (checkout / ".ci", checkout / "launch", temporary):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", checkout / ".ci")
+    (checkout / "launch" / "test.sh").write_text('echo "words: $*"; cd "$(dirname "$0")/.."; pwd; ls -A . ..; exit 3\n')
+    git = ["git", "-C", str(checkout), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"], ["checkout", "-q", "--detach"]):
+        subprocess.run([*git, *words], check=True)
+    (checkout / "uncommitted").touch()
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(temporary)}
+    command = ["bash", str(checkout / ".ci" / "run"), "-k", "x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 3 and lines[0] == "words: -k x", done.stderr
+    assert lines[1].startswith(str(temporary)) and lines[2:] == [
+        ".:", ".ci", ".git", "launch", "", "..:", "gkd-engine"
+    ]  # fmt: skip
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -23,8 +23,8 @@ AWKWARD_FLOATS = [1 / 3, 0.1 + 0.2, 1e-300, 5e-324, math.pi * 1e12, -0.0]
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
 
@@ -161,7 +161,7 @@ def test_wandb_offline_run_holds_config_and_history(tmp_path):
     for step in (1, 2):
         tracker.log(step, {"train/loss": step / 3})
     tracker.table("samples", 2, ["prompt", "answer"], [["a", "b"]])
-    where = Path(tracker.location)
+    where = Path(tracker.locations["wandb"])
     tracker.finish()
     records = read_wandb(where / f"run-{tracker.run_id}.wandb")
 
@@ -189,7 +189,7 @@ def test_unreachable_wandb_server_neither_stops_nor_blocks(tmp_path, monkeypatch
     start_s = time.perf_counter()
     tracker.begin(0, total_steps=1)
     tracker.log(1, {"train/loss": 0.5})
-    where = Path(tracker.location)
+    where = Path(tracker.locations["wandb"])
     tracker.finish()
     assert time.perf_counter() - start_s < 30  # the time-out itself, wandb's service starting twice, a busy machine
     assert "recording offline" in caplog.text
@@ -239,13 +239,88 @@ def test_failing_tracker_is_switched_off_once(tmp_path, caplog):
             raise RuntimeError("no such server")
 
     tracker = build_tracker(tmp_path)
-    tracker._backend = Broken()
+    tracker._backends["wandb"] = Broken()
     tracker.begin(0, total_steps=2)
     for step in (1, 2):
         tracker.log(step, {"train/loss": 0.5})
     tracker.finish()
     assert len(caplog.records) == 1 and "no such server" in caplog.text
     assert len(read_lines(tracker.metrics_path)) == 2
+
+
+def test_several_trackers_fail_one_by_one(tmp_path, caplog):
+    """tensorboard has every step although wandb breaks at the second, and the console is told where each one is."""
+    from tensorboard.backend.event_processing import event_accumulator as reader
+
+    tracker = build_tracker(tmp_path, report_to=["wandb", "tensorboard"])
+    tracker.begin(0, total_steps=3)
+    assert set(tracker.locations) == {"wandb", "tensorboard"}
+    wandb_run = tracker._backends["wandb"]
+    for step in (1, 2, 3):
+        if step == 2:
+            wandb_run.log = lambda *_: 1 / 0
+        tracker.log(step, {"train/loss": step / 4})
+    tracker.finish()
+    assert caplog.text.count("wandb failed and is switched off") == 1 and set(tracker.locations) == {"tensorboard"}
+    events = reader.EventAccumulator(tracker.locations["tensorboard"])
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    wandb_run.finish()
+
+
+def run_record(tracker: Tracker):
+    """What wandb's own file says of the run, once it is finished."""
+    tracker.begin(0, total_steps=1)
+    (where,) = tracker.locations.values()
+    tracker.finish()
+    records = read_wandb(Path(where) / f"run-{tracker.run_id}.wandb")
+    return next(record.run for record in records if record.HasField("run"))
+
+
+VARIABLES = {
+    "WANDB_PROJECT": "p",
+    "WANDB_NAME": "n",
+    "WANDB_RUN_ID": "id1",
+    "WANDB_RUN_GROUP": "g",
+    "WANDB_TAGS": "a,b",
+}
+
+
+def test_wandbs_variables_count_where_a_field_is_unset(tmp_path, monkeypatch):
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("WANDB_ENTITY", "e")
+    tracker = build_tracker(tmp_path / "run", report_to="wandb")
+    run = run_record(tracker)
+    assert (run.project, run.display_name, run.run_id, run.run_group) == ("p", "n", "id1", "g")
+    assert tracker._backends["wandb"].run.entity == "e"  # not in the file of an offline run
+    assert list(run.tags) == ["a", "b"] and list((tmp_path / "elsewhere" / "wandb").glob("offline-run-*-id1"))
+
+    fields = {"wandb_project": "ours", "run_name": "ours", "wandb_group": "ours", "wandb_entity": "ours"}
+    tracker = build_tracker(tmp_path / "second", report_to="wandb", wandb_tags=["ours"], **fields)
+    run = run_record(tracker)
+    assert {run.project, run.display_name, run.run_group, *run.tags, tracker._backends["wandb"].run.entity} == {"ours"}
+
+
+def test_a_resumed_run_keeps_its_id_whatever_the_variable_says(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_RUN_ID", "other")
+    run = run_record(build_tracker(tmp_path, report_to="wandb", run_id="mine"))
+    assert (run.run_id, run.project) == ("mine", "gkd-engine")
+    assert "WANDB_RUN_ID is not used: the resumed run goes on under its own id mine" in caplog.text
+
+
+@pytest.mark.parametrize("variables", [{"WANDB_DISABLED": "true"}, {"WANDB_DISABLED": "1"}, {"WANDB_MODE": "disabled"}])
+def test_wandb_is_off_where_its_variables_say_so(tmp_path, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    tracker = build_tracker(tmp_path, report_to="wandb")
+    tracker.begin(0, total_steps=1)
+    tracker.finish()
+    assert tracker.locations == {} and not (tmp_path / "wandb").exists()
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert wandb_mode("offline") == "offline"  # a field that is set counts
 
 
 def test_tensorboard_events_read_back(tmp_path):
@@ -261,7 +336,7 @@ def test_tensorboard_events_read_back(tmp_path):
     resumed.log(3, {"train/loss": 5.0})
     resumed.table("samples", 3, ["prompt", "answer"], [["a|b", "c\nd"]])
     resumed.finish()
-    events = reader.EventAccumulator(resumed.location)
+    events = reader.EventAccumulator(resumed.locations["tensorboard"])
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.25), (2, 0.5), (3, 5.0)]
     assert "samples/text_summary" in events.Tags()["tensors"]
@@ -272,7 +347,7 @@ def test_none_writes_metrics_alone(tmp_path):
     tracker.begin(0, total_steps=1)
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish()
-    assert tracker.location is None
+    assert tracker.locations == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
