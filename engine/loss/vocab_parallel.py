@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed import VocabGroups, all_gather_rows
-from engine.loss import divergence as maths
+from engine.loss import kernels
 from engine.loss.divergence import DivergenceSpec
 from engine.loss.head import HeadShard
 from engine.loss.projection import accumulate_outer, matmul_fp32, project, softcap_slope
@@ -227,22 +227,20 @@ class _Sweep:
 
         Two [M, S] buffers serve throughout: the logits, then q and u in their place, then the gradient in q's.
         """
-        spec, kernels = self.spec, _kernels(self.stream.compiled)
+        spec, fused = self.spec, _kernels(self.stream.compiled)
         student_MS = project(student_MH, self.student, spec.temperature)
         teacher_MS = project(teacher_MH, self.teacher, spec.temperature)
         slope_MS = softcap_slope(student_MS, self.student, spec.temperature) if self.want_grad else None
         target_M = self.stream.local_columns(target_ids_M)
         blocks = self._row_blocks(student_MS)
 
-        local_5M = torch.cat(
-            [kernels.statistics(student_MS[b], teacher_MS[b], spec.temperature) for b in blocks], dim=1
-        )
+        local_5M = torch.cat([fused.statistics(student_MS[b], teacher_MS[b], spec.temperature) for b in blocks], dim=1)
         shards = all_gather_rows(local_5M[None], self.group)
-        norms_4M, log_sum_raw_M = maths.merge_statistics(shards, spec.temperature)
+        norms_4M, log_sum_raw_M = kernels.merge_statistics(shards, spec.temperature)
 
         parts = []
         for b in blocks:
-            part, q, u = kernels.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], spec)
+            part, q, u = fused.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], spec)
             parts.append(part)
             student_MS[b], teacher_MS[b] = q, u
         sums_7M = self._sum_over_shards(torch.cat(parts, dim=1))
@@ -255,7 +253,7 @@ class _Sweep:
             divergence_weight_M = torch.where(sums_7M[0] <= spec.token_clip, weight_M, 0.0)
         raw_scale_M = (spec.temperature * norms_4M[1] - log_sum_raw_M).exp()
         for b in blocks:
-            student_MS[b] = kernels.gradient(
+            student_MS[b] = fused.gradient(
                 student_MS[b], teacher_MS[b], sums_7M[1, b], divergence_weight_M[b], weight_M[b] * spec.sft_weight,
                 raw_scale_M[b], target_M[b], spec,
             )  # fmt: skip
@@ -315,7 +313,7 @@ class _Kernels:
 @functools.cache
 def _kernels(compiled: bool) -> _Kernels:
     """The element-wise functions, eager or compiled; dynamic shapes, as chunks vary in length."""
-    functions = (maths.shard_statistics, maths.shard_sums, maths.logit_gradient)
+    functions = (kernels.shard_statistics, kernels.shard_sums, kernels.logit_gradient)
     if compiled:
         functions = tuple(torch.compile(function, dynamic=True) for function in functions)
     return _Kernels(*functions)

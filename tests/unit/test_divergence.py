@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from engine.loss.divergence import KINDS, DivergenceSpec, dense_divergence
+from engine.config import DIVERGENCE_KINDS
+from engine.loss.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec, dense_divergence
 from engine.loss.head import HeadShard, RowLayout
 from engine.loss.vocab_parallel import COLUMNS, Stream, vocab_parallel_divergence
 
@@ -39,24 +40,59 @@ def relative(a, b) -> float:
     return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
 
 
-def test_definitions():
-    """Each kind on two distributions over three ids, by hand."""
-    p, q = (torch.tensor([row], dtype=torch.float64) for row in ([0.5, 0.3, 0.2], [0.1, 0.6, 0.3]))
-    kl = lambda a, b: (a * (a / b).log()).sum().item()  # noqa: E731
-    mix = lambda w: w * p + (1 - w) * q  # noqa: E731
-    expected = {
-        DivergenceSpec("forward_kl"): kl(p, q),
-        DivergenceSpec("reverse_kl"): kl(q, p),
-        DivergenceSpec("jsd", beta=0.0): kl(p, q),
-        DivergenceSpec("jsd", beta=1.0): kl(q, p),
-        DivergenceSpec("jsd", beta=0.3): 0.3 * kl(p, mix(0.3)) + 0.7 * kl(q, mix(0.3)),
-        DivergenceSpec("skew_forward_kl", alpha=0.2): kl(p, mix(0.2)),
-        DivergenceSpec("skew_reverse_kl", alpha=0.2): kl(q, mix(0.8)),
-        DivergenceSpec("total_variation"): 0.4,
-        DivergenceSpec("jsd", beta=0.3, token_clip=0.01): 0.01,
-    }
-    for spec, value in expected.items():
-        assert dense_divergence(q.log(), p.log(), spec).item() == pytest.approx(value, rel=1e-12), spec
+def kl(a, b):
+    return (a * (a / b).log()).sum(-1)
+
+
+# Each kind as the textbooks have it, on probabilities; w is beta or alpha.
+TEXTBOOK = {
+    "jsd": lambda p, q, w: w * kl(p, w * p + (1 - w) * q) + (1 - w) * kl(q, w * p + (1 - w) * q),
+    "forward_kl": lambda p, q, w: kl(p, q),
+    "reverse_kl": lambda p, q, w: kl(q, p),
+    "skew_forward_kl": lambda p, q, w: kl(p, w * p + (1 - w) * q),
+    "skew_reverse_kl": lambda p, q, w: kl(q, (1 - w) * p + w * q),
+    "total_variation": lambda p, q, w: (p - q).abs().sum(-1) / 2,
+}
+
+
+@pytest.mark.parametrize("kind", sorted({*DIVERGENCE_KINDS, *DIVERGENCES}))
+def test_definition_and_terms_are_the_textbooks(kind):
+    """Value and gradient of the definition, and of the stream's f and u, against the textbook under autograd."""
+    torch.manual_seed(0)
+    z, t = (torch.randn(9, 31, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    spec = DivergenceSpec(kind, beta=0.3, alpha=0.3)
+    expected_N = TEXTBOOK[kind](torch.softmax(t, -1), torch.softmax(z, -1), 0.3)
+    (expected_grad,) = torch.autograd.grad(expected_N.sum(), z)
+    defined_N = dense_divergence(z, t.detach(), spec)
+    (defined_grad,) = torch.autograd.grad(defined_N.sum(), z)
+    log_q, log_p = torch.log_softmax(z.detach(), -1), torch.log_softmax(t.detach(), -1)
+    f, u = DIVERGENCES[kind].terms(log_q, log_p, log_q.exp(), log_p.exp(), spec)
+    gradient = u - log_q.exp() * u.sum(-1, keepdim=True)
+    for values in (defined_N, f.sum(-1)):
+        torch.testing.assert_close(values, expected_N, rtol=1e-12, atol=1e-14)
+    for grads in (defined_grad, gradient):
+        torch.testing.assert_close(grads, expected_grad, rtol=1e-12, atol=1e-14)
+
+
+def test_every_kind_of_the_configuration_has_an_entry():
+    assert DIVERGENCES.keys() == set(DIVERGENCE_KINDS) == TEXTBOOK.keys()
+    assert len({id(entry.terms) for entry in DIVERGENCES.values()}) == len(DIVERGENCES)
+
+
+def test_ends_and_clip():
+    torch.manual_seed(0)
+    z, t = (torch.randn(4, 9, dtype=torch.float64) for _ in range(2))
+    for beta, kind in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
+        assert torch.equal(
+            dense_divergence(z, t, DivergenceSpec("jsd", beta=beta)), dense_divergence(z, t, DivergenceSpec(kind))
+        )
+    for kind in ("forward_kl", "reverse_kl"):
+        plain, skewed = DivergenceSpec(kind), DivergenceSpec(f"skew_{kind}", alpha=0.0)
+        assert torch.equal(dense_divergence(z, t, skewed), dense_divergence(z, t, plain))
+        log_q, log_p = torch.log_softmax(z, -1).clamp_min(LOG_ZERO), torch.log_softmax(t, -1)
+        terms = [DIVERGENCES[s.kind].terms(log_q, log_p, log_q.exp(), log_p.exp(), s) for s in (plain, skewed)]
+        assert all(torch.equal(a, b) for a, b in zip(*terms, strict=True))
+    assert dense_divergence(z, t, DivergenceSpec("jsd", beta=0.3, token_clip=0.01)).max() == 0.01
 
 
 def test_jsd_scale_near_equality():
@@ -70,7 +106,7 @@ def test_jsd_scale_near_equality():
 
 
 def specs() -> list[DivergenceSpec]:
-    return [DivergenceSpec(kind, beta=0.3, alpha=0.2, temperature=t) for kind in KINDS for t in (0.7, 1.0)]
+    return [DivergenceSpec(kind, beta=0.3, alpha=0.2, temperature=t) for kind in DIVERGENCE_KINDS for t in (0.7, 1.0)]
 
 
 @pytest.mark.parametrize("spec", specs(), ids=str)
@@ -142,7 +178,7 @@ def dense_head_gradients(dtype, hidden, teacher_hidden, weights, spec):
     return loss, leaf.grad, weight.grad
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCE_KINDS)
 def test_near_convergence_with_bf16_weights(alone, kind):
     """A teacher a small step away from the student, bf16 weights and hidden states. Logits kept in fp32 leave less
     than 1e-2 of gradient error; the same logits rounded to bf16 leave more than 5e-2."""
