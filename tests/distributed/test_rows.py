@@ -41,7 +41,7 @@ def fields(tmp_path_factory) -> dict:
         del row["messages"][1 if number % 4 else 2 :]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return fields | {
-        "lmbda": 0.5, "seed": 3, "global_batch_size": 4, "max_steps": STEPS, "save_steps": SAVED_AT, "max_length": 96,
+        "lmbda": 0.5, "seed": 3, "global_batch_size": 4, "max_steps": STEPS, "save_steps": SAVED_AT, "max_length": 46,
     }  # fmt: skip
 
 
@@ -57,6 +57,11 @@ def test_mixed_rows_and_the_date_resume_elsewhere(ranks, fields, tmp_path):
         assert all(text.startswith("09 Mar 2025\n") for text in texts)
         assert is_own or all("answered" in text and "yes" in text for text in texts)
     assert any("ask" in decode(ids) for step, own in zip(samples, on_policy, strict=True) if own for _, ids in step)
+
+    for line, step in zip(metrics_of(whole["output_dir"]), samples, strict=True):
+        if line["train/on_policy"]:  # the longer prompts leave less than max_new_tokens
+            clipped = sum("answered" in decode(input_ids) for _, input_ids in step)
+            assert line["rollout/share_clipped"] == clipped / len(step)
 
     copy = copy_at_step(Path(whole["output_dir"]), tmp_path / "run")
     assert json.loads((copy / "checkpoints/step_3/manifest.json").read_text())["started"] == "2025-03-09"
