@@ -148,7 +148,7 @@ def broken(tmp_path: Path, recipe: Path) -> dict[str, tuple[list[str], str]]:
     }
     for name, lines in files.items():
         (rows / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    GPT2Config(n_positions=32, vocab_size=259, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "gpt2")
+    GPT2Config(n_positions=16, vocab_size=259, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "gpt2")
     other = tmp_path / "other"
     shutil.copytree(recipe.parent / "teacher", other)
     vocabulary = json.loads((other / "tokenizer.json").read_text())
@@ -163,7 +163,7 @@ def broken(tmp_path: Path, recipe: Path) -> dict[str, tuple[list[str], str]]:
         "unknown role": (["--dataset_name", str(rows / "role.jsonl"), "--eval_on_start", "false"], "line 2"),
         "late row": (["--dataset_name", str(rows / "late.jsonl"), "--eval_on_start", "false"], "late.jsonl, line 3: "),
         "weight": (["--dataset_name", str(rows / "weight.jsonl"), "--eval_on_start", "false"], "weight=2: must be 0"),
-        "positions": (["--model_name_or_path", str(tmp_path / "gpt2")], "the student (gpt2) has 32 positions"),
+        "positions": (["--model_name_or_path", str(tmp_path / "gpt2")], "the student (gpt2) has 16 positions"),
         "no answer": (["--dataset_name", str(rows / "turn.jsonl"), "--eval_on_start", "false"], "rows 1 to 3"),
         "tokenizers": (["--teacher_model_name_or_path", str(other)], "tokenizers differ"),
         "deepspeed": (["--deepspeed", str(tmp_path / "ds.json")], "`gradient_clipping`=7 contradicts"),
