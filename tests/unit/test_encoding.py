@@ -15,8 +15,9 @@ from engine._chat_stub import TemplateInput
 from engine.config import GKDConfig
 from engine.data import StepData, build_rows
 from engine.encoding import RowEncoder, encode_source
-from engine.selection import MapRows, RowRules, StreamRows
+from engine.selection import MapRows, StreamRows
 from engine.sources import JsonLines
+from engine.tally import RowRules
 from tests.models import CHATML, tiny_tokenizer
 
 ALTERNATING = (
@@ -115,7 +116,7 @@ def test_ten_bad_rows_are_named_and_all_bad_is_an_error(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         rows = build_rows([{"prompt": ""}] * 25 + dialogues(2), tokenizer, config(on_bad_row="skip"), "train")
     assert len(rows) == 2 and caplog.text.count("prompt is empty") == 10 and "skipped 25 of 27" in caplog.text
-    with pytest.raises(ValueError, match=r"row 1: prompt is empty \(train_dataset: no row can be used\)"):
+    with pytest.raises(ValueError, match=r"row 1: prompt is empty \(train_dataset: none of its 3 rows can be used\)"):
         build_rows([{"prompt": ""}] * 3, tokenizer, config(on_bad_row="skip"), "train")
 
 

@@ -8,7 +8,8 @@ from engine.config import GKDConfig
 from engine.data import StepData, build_rows
 from engine.encoding import RowEncoder
 from engine.order import DataOrder
-from engine.selection import MapRows, RowRules, StreamRows
+from engine.selection import MapRows, StreamRows
+from engine.tally import RowRules
 from tests.models import tiny_tokenizer
 
 NUM_ROWS = 20
