@@ -160,10 +160,10 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
             (inputs.teacher_model, config.teacher_model_name_or_path, "teacher_model_name_or_path"),
         )
     )
-    shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
-    tokenizer = _tokenizer(config, inputs, shared_vocab_size)
     for who, model_config in (("student", student_config), ("teacher", teacher_config)):
         check_positions(model_config, config.max_length, who, rank == 0)
+    shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
+    tokenizer = _tokenizer(config, inputs, shared_vocab_size)
     data, evaluator_batches = None, None
     fingerprints: dict[str, str] = {}
     num_rows: dict[str, tuple[str, int | None]] = {}

@@ -19,8 +19,9 @@ from engine.batch import Sample
 from engine.config import GKDConfig
 from engine.encoding import RowEncoder
 from engine.rows import COLUMNS
-from engine.selection import MapRows, RowRules, StreamRows
+from engine.selection import MapRows, StreamRows
 from engine.sources import as_source, keep_columns, load_rows
+from engine.tally import RowRules
 from engine.template import TemplateInput
 
 

@@ -67,8 +67,8 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         return _as_number(value, kind)
     if kind is str and isinstance(value, (str, Path, int, float, datetime.date)) and not isinstance(value, bool):
         return str(value)  # YAML reads a name such as 2024 as a number
-    if origin is dict and isinstance(value, dict):
-        return value
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return dict(value)
     if origin is dict and isinstance(value, str) and value.lstrip().startswith("{"):
         return parse_json(value, name)
     if origin is list and isinstance(value, (list, tuple)):

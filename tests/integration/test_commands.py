@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from tests.integration.launch import ROOT, launcher, run
 from tests.models import write_run_inputs
@@ -141,10 +141,13 @@ def broken(tmp_path: Path, recipe: Path) -> dict[str, tuple[list[str], str]]:
     files = {
         "empty": [],
         "role": [good, {"messages": [{"role": "robot", "content": "a"}]}],
+        "late": [good, good, {"prompt": "a", "completion": "\ud800"}],
+        "weight": [good, {"messages": [good["messages"][0], {**good["messages"][1], "weight": 2}]}],
         "turn": [{"messages": [{"role": "user", "content": "a"}]}] * 3,
     }
     for name, lines in files.items():
         (rows / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    GPT2Config(n_positions=16, vocab_size=259, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "gpt2")
     other = tmp_path / "other"
     shutil.copytree(recipe.parent / "teacher", other)
     vocabulary = json.loads((other / "tokenizer.json").read_text())
@@ -157,6 +160,9 @@ def broken(tmp_path: Path, recipe: Path) -> dict[str, tuple[list[str], str]]:
         "beta": (["--beta", "2"], "beta=2.0: must be in [0, 1]"),
         "empty dataset": (["--dataset_name", str(rows / "empty.jsonl"), "--eval_on_start", "false"], "empty"),
         "unknown role": (["--dataset_name", str(rows / "role.jsonl"), "--eval_on_start", "false"], "line 2"),
+        "late row": (["--dataset_name", str(rows / "late.jsonl"), "--eval_on_start", "false"], "late.jsonl, line 3: "),
+        "weight": (["--dataset_name", str(rows / "weight.jsonl"), "--eval_on_start", "false"], "weight=2: must be 0"),
+        "positions": (["--model_name_or_path", str(tmp_path / "gpt2")], "the student (gpt2) has 16 positions"),
         "no answer": (["--dataset_name", str(rows / "turn.jsonl"), "--eval_on_start", "false"], "rows 1 to 3"),
         "tokenizers": (["--teacher_model_name_or_path", str(other)], "tokenizers differ"),
         "deepspeed": (["--deepspeed", str(tmp_path / "ds.json")], "`gradient_clipping`=7 contradicts"),

@@ -233,6 +233,17 @@ def test_flags_that_cannot_be_meant(words, message):
         config_from_dict(parse_overrides(words.split()))
 
 
+def test_template_variables_are_json_on_the_command_line(tmp_path):
+    overrides = parse_overrides(["--chat_template_kwargs", '{"enable_thinking": false, "level": 2}'])
+    assert read_config(None, overrides).chat_template_kwargs == {"enable_thinking": False, "level": 2}
+    assert GKDConfig(chat_template_kwargs={"a": None}).chat_template_kwargs == {"a": None}
+    for bad in ("{", "[1]", "enable_thinking", {1: 2}):
+        with pytest.raises(ValueError, match="chat_template_kwargs(=.*: must be of type dict|: not valid JSON)"):
+            GKDConfig(chat_template_kwargs=bad)
+    with pytest.raises(ValueError, match="chat_template_kwargs has `tools`, which the engine sets itself"):
+        GKDConfig(chat_template_kwargs={"tools": []})
+
+
 def test_a_mistake_is_one_line_and_status_2(capsys):
     assert main(["train", "--lmda", "1"]) == 2
     assert capsys.readouterr().err == "error: command line: unknown field `lmda`; did you mean `lmbda`?\n"

@@ -15,8 +15,9 @@ from engine.data import StepData, build_rows, eval_batches
 from engine.encoding import RowEncoder
 from engine.order import DataOrder, epoch_generator, shuffled
 from engine.rows import parse_row
-from engine.selection import MapRows, RowRules, StreamRows
+from engine.selection import MapRows, StreamRows
 from engine.sources import JsonLines, load_rows
+from engine.tally import RowRules
 
 GOLDEN_PERMUTATION = [3, 1, 5, 7, 4, 0, 6, 2]  # seed 42, epoch 0
 

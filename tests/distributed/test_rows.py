@@ -1,0 +1,71 @@
+"""Rows in whole runs: prompts alone among answered rows, and a template that writes the date, resumed elsewhere."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.distributed.test_elastic import copy_at_step
+from tests.distributed.test_training import metrics_of, samples_of, train
+from tests.models import CHATML, tiny_tokenizer, write_run_inputs
+
+STEPS, SAVED_AT = 8, 3
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def train_on(day: str, fields: dict) -> dict:
+    """`train` on a day of one's choice."""
+    import engine.assembly
+
+    today = date.fromisoformat(day)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.assembly, "date", SimpleNamespace(today=lambda: today))
+        return train(fields)
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("rows")
+    fields = write_run_inputs(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder / "student")
+    path = Path(fields["dataset_name"]) / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["messages"][0]["content"] = f"{'ask' if number % 4 else 'answered'} {number}"
+        del row["messages"][1 if number % 4 else 2 :]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return fields | {
+        "lmbda": 0.5, "seed": 3, "global_batch_size": 4, "max_steps": STEPS, "save_steps": SAVED_AT, "max_length": 46,
+    }  # fmt: skip
+
+
+def test_mixed_rows_and_the_date_resume_elsewhere(ranks, fields, tmp_path):
+    """The same samples at another number of ranks and on another day; no step on the dataset has a prompt alone."""
+    whole, decode = fields | {"output_dir": str(tmp_path / "whole")}, tiny_tokenizer().decode
+    samples = samples_of(ranks(1).run(train_on, "2025-03-09", whole))
+    on_policy = [bool(line["train/on_policy"]) for line in metrics_of(whole["output_dir"])]
+    assert {True, False} <= set(on_policy[:SAVED_AT]) & set(on_policy[SAVED_AT:])
+    assert all(line["train/tokens"] > 0 for line in metrics_of(whole["output_dir"]))
+    for step, is_own in zip(samples, on_policy, strict=True):
+        texts = [decode(input_ids) for _, input_ids in step]
+        assert all(text.startswith("09 Mar 2025\n") for text in texts)
+        assert is_own or all("answered" in text and "yes" in text for text in texts)
+    assert any("ask" in decode(ids) for step, own in zip(samples, on_policy, strict=True) if own for _, ids in step)
+
+    for line, step in zip(metrics_of(whole["output_dir"]), samples, strict=True):
+        if line["train/on_policy"]:  # the longer prompts leave less than max_new_tokens
+            clipped = sum("answered" in decode(input_ids) for _, input_ids in step)
+            assert line["rollout/share_clipped"] == clipped / len(step)
+
+    copy = copy_at_step(Path(whole["output_dir"]), tmp_path / "run")
+    assert json.loads((copy / "checkpoints/step_3/manifest.json").read_text())["started"] == "2025-03-09"
+    resumed = fields | {"output_dir": str(copy), "resume_from_checkpoint": "auto", "global_batch_size": None}
+    assert samples_of(ranks(2).run(train_on, "2025-03-10", resumed)) == samples[SAVED_AT:]
+    for ours, theirs in zip(metrics_of(copy), metrics_of(whole["output_dir"]), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
