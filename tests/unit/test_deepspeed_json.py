@@ -70,8 +70,7 @@ def test_a_scheduler_without_values_gives_way_and_that_is_said():
     [
         ("Lion", {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}, "lr betas weight_decay"),
         ("lion", {}, "lr betas weight_decay"),
-        ("Adagrad", {"betas": "auto"}, "lr eps weight_decay"),
-        ("SGD", {"momentum": 0.9}, "lr weight_decay momentum"),
+        ("SGD", {"momentum": 0.9, "betas": "auto"}, "lr weight_decay momentum"),
         ("adamw", {"torch_adam": True}, "lr betas eps weight_decay torch_adam"),
         ("Muon", {"momentum": 0.95, "muon_lr": 0.01}, "lr betas eps weight_decay momentum muon_lr"),
     ],
