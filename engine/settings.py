@@ -55,7 +55,7 @@ OPTIMIZERS: dict[str, tuple[str, str]] = {
     ),
     "Adam": ("lr betas eps weight_decay", "adam_w_mode bias_correction fp32_optimizer_states torch_adam"),
     "Lion": ("lr betas weight_decay", ""),
-    "Muon": ("lr betas eps weight_decay", "adam_lr adam_w_mode momentum muon_lr ns_method per_head_muon"),
+    "Muon": ("lr betas eps weight_decay", "adam_lr adam_w_mode momentum muon_lr ns_method per_head_muon torch_adam"),
     "SGD": ("lr weight_decay", "dampening momentum nesterov"),
 }
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
@@ -108,6 +108,7 @@ def fill(settings: dict[str, Any], ours: dict[str, tuple[Any, str]]) -> None:
         for parent in parents:
             node = node.setdefault(parent, {})
         given = node.get(leaf, "auto")
+        given = list(given) if isinstance(given, tuple) else given  # JSON has lists, Python often tuples
         if given != "auto" and given != value:
             raise ValueError(
                 f"deepspeed `{path}`={given!r} contradicts the config: `{field_name}` gives {value!r}. "

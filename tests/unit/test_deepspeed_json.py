@@ -69,7 +69,7 @@ def test_a_scheduler_without_values_gives_way_and_that_is_said():
     "kind,given,filled",
     [
         ("Lion", {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}, "lr betas weight_decay"),
-        ("lion", {}, "lr betas weight_decay"),
+        ("lion", {"betas": (0.9, 0.999)}, "lr betas weight_decay"),
         ("SGD", {"momentum": 0.9, "betas": "auto"}, "lr weight_decay momentum"),
         ("adamw", {"torch_adam": True}, "lr betas eps weight_decay torch_adam"),
         ("Muon", {"momentum": 0.95, "muon_lr": 0.01}, "lr betas eps weight_decay momentum muon_lr"),
