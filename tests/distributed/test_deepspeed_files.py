@@ -44,9 +44,6 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-LION_ON_CPU = stage3(type="Lion") | {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
-
-
 @pytest.mark.parametrize(
     "settings,optimizer",
     [
@@ -55,7 +52,6 @@ LION_ON_CPU = stage3(type="Lion") | {"zero_optimization": {"stage": 3, "offload_
         slow(str(FILES / "swift_zero3_offload.json"), "DeepSpeedCPUAdam"),
         slow(str(FILES / "transformers_zero3_null_warmup_decay.json"), "FusedAdam"),
         slow(stage3(type="Muon", params={"momentum": 0.9}), "MuonWithAuxAdam"),
-        slow(LION_ON_CPU, "DeepSpeedCPULion"),
     ],
     ids=lambda value: Path(value).stem if isinstance(value, str) else "",
 )
