@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from engine import hosts
 from engine.backbone import count_parameters
 from engine.config import GKDConfig
-from engine.settings import read_deepspeed, teacher_settings
+from engine.settings import read_deepspeed
 from engine.sources import fingerprint, load_rows
 from engine.tracking import package_versions
 
@@ -74,8 +74,8 @@ def describe_setup(config: GKDConfig) -> dict[str, str]:
     if get_accelerator().communication_backend_name() == "nccl":
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     record = {"configuration": config.to_dict(), "deepspeed": read_deepspeed(config.deepspeed)}
-    if config.teacher_placement == "zero3":
-        record["teacher_deepspeed"] = teacher_settings(config)
+    if config.teacher_deepspeed is not None:
+        record["teacher_deepspeed"] = read_deepspeed(config.teacher_deepspeed, "teacher_deepspeed")
     text = json.dumps(record, sort_keys=True, default=str)
     return versions | {"configuration": hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}
 

@@ -74,7 +74,7 @@ def default_of(item: dataclasses.Field) -> Any:
 
 
 def describe_fields() -> str:
-    lines = ["fields (each one a flag, --field value):"]
+    lines = ["fields (each one a flag, --field value; a bare --field is true, --no_field false):"]
     for item in dataclasses.fields(GKDConfig):
         lines.append(f"  --{item.name} (default: {default_of(item)})\n      {item.metadata['help']}")
     return "\n".join(lines)

@@ -93,11 +93,15 @@ def read_json(value: Any, name: str) -> dict[str, Any]:
     if "bfloat16" in settings:  # its name in older files
         settings.setdefault("bf16", settings.pop("bfloat16"))
     _check_keys(settings, name)
+    return settings
+
+
+def expand_nvme_paths(settings: dict[str, Any], name: str) -> None:
+    """Fill in `~` and variables, in place; hosts may differ in them, so not while settings are compared."""
     for key in ("offload_param", "offload_optimizer"):
-        block = settings.get("zero_optimization", {}).get(key, {})
+        block = settings["zero_optimization"].get(key, {})
         if "nvme_path" in block:
             block["nvme_path"] = expand_path(block["nvme_path"], f"{name} `zero_optimization.{key}.nvme_path`")
-    return settings
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from engine.config import GKDConfig
-from engine.deepspeed_json import read_json
+from engine.deepspeed_json import expand_nvme_paths, read_json
 
 # What a run uses when no DeepSpeed JSON is given; `ds_configs/zero3.json` and `teacher_zero3.json` say the same.
 DEFAULT_DEEPSPEED: dict[str, Any] = {
@@ -46,7 +46,8 @@ DEFAULT_TEACHER: dict[str, Any] = {
 
 
 # What DeepSpeed builds from an `optimizer` block: the parameters that the configuration fills in, and those that are
-# the JSON's own. Others either need packages of their own or, as Lamb, look at whole matrices, which ZeRO-3 has cut.
+# the JSON's own. Of the others, Lamb looks at whole matrices, which ZeRO-3 has cut; deepspeed 0.19.8's ZeRO-3 takes
+# Adagrad's parameter groups away and fails at the first step; MuAdam needs a package of its own.
 OPTIMIZERS: dict[str, tuple[str, str]] = {
     "AdamW": (
         "lr betas eps weight_decay",
@@ -54,8 +55,7 @@ OPTIMIZERS: dict[str, tuple[str, str]] = {
     ),
     "Adam": ("lr betas eps weight_decay", "adam_w_mode bias_correction fp32_optimizer_states torch_adam"),
     "Lion": ("lr betas weight_decay", ""),
-    "Muon": ("lr betas eps weight_decay", "adam_lr adam_w_mode momentum muon_lr ns_method per_head_muon"),
-    "Adagrad": ("lr eps weight_decay", ""),
+    "Muon": ("lr betas eps weight_decay", "adam_lr adam_w_mode momentum muon_lr ns_method per_head_muon torch_adam"),
     "SGD": ("lr weight_decay", "dampening momentum nesterov"),
 }
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
@@ -96,6 +96,7 @@ def resolve_deepspeed(config: GKDConfig, world_size: int, hidden_size: int | Non
     _drop_scheduler(settings, config)
     fill_bucket_sizes(settings, hidden_size)
     _leave_to_deepspeed(settings, "deepspeed")
+    expand_nvme_paths(settings, "deepspeed")
     return settings
 
 
@@ -107,6 +108,7 @@ def fill(settings: dict[str, Any], ours: dict[str, tuple[Any, str]]) -> None:
         for parent in parents:
             node = node.setdefault(parent, {})
         given = node.get(leaf, "auto")
+        given = list(given) if isinstance(given, tuple) else given  # JSON has lists, Python often tuples
         if given != "auto" and given != value:
             raise ValueError(
                 f"deepspeed `{path}`={given!r} contradicts the config: `{field_name}` gives {value!r}. "
@@ -221,6 +223,7 @@ def teacher_settings(config: GKDConfig) -> dict:
     if settings.get("train_micro_batch_size_per_gpu", "auto") == "auto":
         settings["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed wants a number, and nothing asks for it
     settings["zero_optimization"].pop("offload_optimizer", None)
+    expand_nvme_paths(settings, name)
     bf16 = settings.setdefault("bf16", {})
     if bf16.get("enabled", "auto") not in ("auto", config.bf16):
         raise ValueError(f"{name} `bf16.enabled`={bf16['enabled']} contradicts the field `bf16`={config.bf16}")

@@ -97,8 +97,9 @@ def bench(size: Size) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         # Without these, glibc keeps freed blocks and the peak of one contender hides that of the next.
         os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**22), MALLOC_TRIM_THRESHOLD_=str(2**26), OMP_NUM_THREADS="1")
-        # On a loopback of their own where that can be, so that the bytes counted there are theirs.
-        with private_loopback() if why_not_private() is None else nullcontext():
+        # On a loopback of their own where bytes are counted and that can be, so that the bytes are theirs.
+        is_private = not torch.cuda.is_available() and why_not_private() is None
+        with private_loopback() if is_private else nullcontext():
             ranks = multiprocessing.spawn(_rank, args=(size, folder), nprocs=size.ranks, join=False)
         while not ranks.join():
             pass

@@ -24,7 +24,8 @@ TRL_EXAMPLE = ROOT / "tests" / "integration" / "trl_example.md"
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
-    fields = write_run_inputs(folder) | {"report_to": "wandb", "eval_on_start": True, "run_name": "commands"}
+    fields = write_run_inputs(folder) | {"eval_on_start": True, "run_name": "commands"}
+    fields["report_to"] = ["wandb", "tensorboard"]
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(fields))
     return path
@@ -58,6 +59,7 @@ def test_train_under_deepspeed(finished):
         "after:",
         "run folder:",
         "wandb run:",
+        "tensorboard run:",
         "student (HF):",
     ):
         assert text in printed

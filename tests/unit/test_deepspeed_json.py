@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import GKDConfig, config_from_dict
 from engine.deepspeed_json import KEYS, REMOVED, read_json
@@ -69,9 +71,8 @@ def test_a_scheduler_without_values_gives_way_and_that_is_said():
     "kind,given,filled",
     [
         ("Lion", {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}, "lr betas weight_decay"),
-        ("lion", {}, "lr betas weight_decay"),
-        ("Adagrad", {"betas": "auto"}, "lr eps weight_decay"),
-        ("SGD", {"momentum": 0.9}, "lr weight_decay momentum"),
+        ("lion", {"betas": (0.9, 0.999)}, "lr betas weight_decay"),
+        ("SGD", {"momentum": 0.9, "betas": "auto"}, "lr weight_decay momentum"),
         ("adamw", {"torch_adam": True}, "lr betas eps weight_decay torch_adam"),
         ("Muon", {"momentum": 0.95, "muon_lr": 0.01}, "lr betas eps weight_decay momentum muon_lr"),
     ],
@@ -155,6 +156,18 @@ def test_variables_in_paths_of_the_json(monkeypatch):
     monkeypatch.delenv("SCRATCH")
     with pytest.raises(ValueError, match="nvme_path.*the environment variable SCRATCH is not set"):
         resolve(zero3(offload_optimizer=block))
+
+
+def test_deepspeeds_optimizers_take_what_is_filled_in():
+    """On the device and, beside offload, on the CPU; building one would compile its kernels."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    classes = {"Lion": [FusedLion, DeepSpeedCPULion], "AdamW": [FusedAdam, DeepSpeedCPUAdam], "SGD": [torch.optim.SGD]}
+    for name, of_name in classes.items():
+        filled = set(resolve(STAGE3 | {"optimizer": {"type": name}})["optimizer"]["params"])
+        for one in of_name:
+            assert filled <= set(inspect.signature(one.__init__).parameters), one
 
 
 def test_known_keys_are_deepspeeds():
