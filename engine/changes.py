@@ -56,15 +56,15 @@ def compare_fields(saved: Mapping[str, Any], config: GKDConfig) -> Changes:
 
 
 def compare_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Both have, under `train` and `eval`, split, digest and number of usable rows (None for a stream)."""
+    """Both have, under `train` and `eval`, split, digest and number of usable rows (None for a stream, of which
+    the digest may cover the first rows alone)."""
     changes = Changes([], [])
     for use in ("train", "eval"):
         before, after = saved.get(use), now.get(use)
         if before is None or after is None or (before["digest"], before["rows"]) == (after["digest"], after["rows"]):
             continue
-        what = "first rows of the stream" if after["rows"] is None else "rows"
-        counts = f"{before['rows'] or 'a stream of'} usable rows then, {after['rows'] or 'a stream'} now"
-        text = f"the {what} of split {after['split']!r} are not those of the checkpoint ({counts})"
+        then, here = (f"{part['rows']} usable rows" if part["rows"] else "a stream" for part in (before, after))
+        text = f"the rows of split {after['split']!r} are not those of the checkpoint ({then} then, {here} now)"
         if use == "train":
             changes.order.append(f"{text}: its position means nothing in them. {REMEDY}")
         else:

@@ -264,7 +264,7 @@ class Checkpoints:
             ValueError, CheckpointError: as `universal_copy`, which is used where another layout wrote it.
         """
         manifest, layout = verified_manifest(path), zero_layout(self.config, dist.get_world_size())
-        if manifest["layout"] == layout:
+        if {"bf16": manifest["config"]["bf16"], **manifest["layout"]} == layout:
             client_state = zero.load_checkpoint(engine, path)
         else:
             copy = universal_copy(path, manifest, layout, self.folder)

@@ -309,7 +309,7 @@ class GKDConfig:
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             raise ValueError(
                 f"overwrite_output_dir=true removes what resume_from_checkpoint={self.resume_from_checkpoint!r} needs: "
-                "set one of them"
+                "set one of them (--resume_from_checkpoint none unsets it)"
             )
         if self.dataset_streaming and self.max_steps < 0:
             raise ValueError("dataset_streaming=true: a stream has no length, so set max_steps as well")

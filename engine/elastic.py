@@ -37,7 +37,7 @@ def zero_layout(config: GKDConfig, world_size: int) -> dict[str, Any]:
     """What the files of a checkpoint depend on; equal layouts load them as they are."""
     zero = read_deepspeed(config.deepspeed)["zero_optimization"]
     offload = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
-    return {"world_size": world_size, "sub_group_size": zero.get("sub_group_size"), **offload}
+    return {"world_size": world_size, "bf16": config.bf16, "sub_group_size": zero.get("sub_group_size"), **offload}
 
 
 def keep_global_batch(config: GKDConfig, path: Path, manifest: dict[str, Any], world_size: int) -> None:

@@ -12,7 +12,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -26,6 +27,7 @@ T = TypeVar("T")
 FAILURE_WAIT_S = 5  # ranks of one broken collective give up within a moment of each other
 POLL_S = 0.2
 KNOCK_S = 5
+CONNECT_SLACK_S = 2  # torch's own words on a connection that failed come first
 STORE_WAIT_S = 10  # an answer of a store whose host may be gone
 
 _turns = count()
@@ -60,12 +62,17 @@ def meet(backend: str, timeout_s: int) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = timedelta(seconds=timeout_s)
-    try:
-        store = dist.TCPStore(address, port, world_size, rank == 0 and not has_agent, timeout, wait_for_workers=False)
-    except (dist.DistError, RuntimeError) as error:
+
+    def connect() -> dist.Store:
+        return dist.TCPStore(address, port, world_size, rank == 0 and not has_agent, timeout, wait_for_workers=False)
+
+    try:  # torch 2.13 itself waits for ever for the first answer of whatever listens there
+        store: dist.Store = within(timeout_s + CONNECT_SLACK_S, connect)
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         raise ConnectionError(
             f"rank {rank} on {host_name()} found no rank 0 at {address}:{port} within {timeout_s} s: is it running, is "
-            f"that address reachable from {host_name()}, is the port free? ({str(error).splitlines()[0]})"
+            f"that address reachable from {host_name()}, is the port free, or does something else listen there? "
+            f"({str(error).splitlines()[0]})"
         ) from error
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     keys = [f"host/{r}" for r in range(world_size)]
@@ -236,18 +243,31 @@ def await_report() -> None:
 
 def bounded(function: Callable[[], T], seconds: float) -> T | None:
     """The function's result; None where it fails or takes longer, as a store call does whose host has gone."""
-    results: list[T] = []
+    try:
+        return within(seconds, function)
+    except (dist.DistError, RuntimeError, TimeoutError):
+        return None
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """The function's result, or its error.
+
+    Raises:
+        TimeoutError: where it takes longer; it goes on in its thread, which does not keep the process alive.
+    """
+    done: Future[T] = Future()
 
     def call() -> None:
         try:
-            results.append(function())
-        except (dist.DistError, RuntimeError):
-            return  # the caller sees no result
+            done.set_result(function())
+        except Exception as error:  # raised where the result is asked for
+            done.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except FutureTimeoutError as error:
+        raise TimeoutError(f"no answer within {seconds} s") from error
 
 
 def name_ranks(ranks: list[int]) -> str:

@@ -18,7 +18,7 @@ from engine.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class StoppingSettings:
+class GenerationSettings:
     """Generation settings that stop where rollouts stopped, so that what is served ends its turns.
 
     The ids go into the file: transformers 5.23 lets settings pass that contradict each other as long as they are as
@@ -39,7 +39,7 @@ class StoppingSettings:
 def export_parts(
     model_config: Any, generation_config: GenerationConfig, tokenizer: Any, stop_ids: Sequence[int]
 ) -> list[Any]:
-    return [model_config, StoppingSettings(generation_config, tuple(stop_ids)), tokenizer]
+    return [model_config, GenerationSettings(generation_config, tuple(stop_ids)), tokenizer]
 
 
 def check_saveable(parts: list[Any]) -> None:

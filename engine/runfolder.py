@@ -70,12 +70,12 @@ def problem_with_start(config: GKDConfig, resume_from: Path | None) -> str | Non
     if config.resume_from_checkpoint is None:
         return f"{holds}: --resume_from_checkpoint auto goes on with it, {ADVICE}"
     if resume_from is not None:
-        return f"{holds}, and {resume_from} is a checkpoint of another: {ADVICE}"
+        return f"{holds}, and {resume_from} is a checkpoint of another: name another output_dir, or remove that run"
     if found == [METRICS]:  # steps that no checkpoint holds are trained again
         return None
     return (
-        f"{holds}, and none of its checkpoints is whole, so there is nothing to go on from: without "
-        f"--resume_from_checkpoint, {ADVICE}"
+        f"{holds}, and none of its checkpoints is whole, so there is nothing to go on from: with "
+        f"--resume_from_checkpoint none, {ADVICE}"
     )
 
 

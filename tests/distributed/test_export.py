@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 import subprocess
 import sys
 import weakref
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import GKDConfig, GKDTrainer, export
+from engine.cli import main
 from tests.distributed.test_training import train
 from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
 
@@ -132,3 +135,67 @@ def test_peak_memory_is_a_shard_not_the_model(ranks, tmp_path):
     print(f"export of {model_bytes / 2**20:.0f} MiB in shards of 4 MiB grew by {growth / 2**20:.0f} MiB")
     # a shard, its bytes on the way to the file, a tensor's pieces, and what the allocator keeps
     assert model_bytes > 70 * 2**20 and growth < 24 * 2**20
+
+
+def damage_optimizer(path: Path) -> str:
+    victim = next(path.glob("*rank_1*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    return f"{victim.name} has changed since it was written"
+
+
+def cut(path: Path) -> str:
+    victim = next(path.glob("*rank_0*model_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    return f"{victim.name} has {victim.stat().st_size} bytes instead of"
+
+
+def lose_manifest(path: Path) -> str:
+    (path / "manifest.json").unlink()
+    return "is not a complete checkpoint: no manifest.json"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks, inputs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    ranks(2).run(train, inputs | {"output_dir": str(folder), "dataset_test_split": "none"})
+    return folder / "checkpoints" / "step_2"
+
+
+def run_export(words: list[str], capsys) -> tuple[int, str]:
+    status = main(["export", *words])
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [damage_optimizer, cut, lose_manifest])
+def test_a_damaged_checkpoint_is_not_exported(checkpoint, tmp_path, capsys, damage):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "step_2"))
+    message = damage(copy)
+    status, said = run_export([str(copy), str(tmp_path / "out")], capsys)
+    assert status == 2 and message in said and said.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"step_2"}
+
+
+def test_a_folder_that_holds_something_is_left_alone(checkpoint, tmp_path, capsys):
+    (tmp_path / "mine").write_text("x")
+    status, said = run_export([str(checkpoint), str(tmp_path)], capsys)
+    assert status == 2 and "not an empty folder" in said
+    status, said = run_export([str(checkpoint), str(tmp_path / "mine")], capsys)
+    assert status == 2 and "not an empty folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "empty").mkdir()
+    assert run_export([str(checkpoint), str(tmp_path / "empty")], capsys)[0] == 0
+    assert torch.isfinite(logits_of(tmp_path / "empty")).all()
+
+
+def test_a_disk_that_fills_leaves_nothing_half_written(checkpoint, tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, before[1]))
+    try:
+        status, said = run_export([str(checkpoint), str(tmp_path / "out")], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    last = said.splitlines()[-1]  # the progress of reading came before
+    assert status == 1 and last.startswith("error: ") and "out cannot be written: model-00001.safetensors" in last
+    assert list(tmp_path.iterdir()) == []

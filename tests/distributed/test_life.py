@@ -216,6 +216,28 @@ def test_new_settings_count_after_a_resume_and_are_named(ranks, inputs, copy, by
     assert (ours == theirs).all() if world_size == 2 else ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
+def test_new_settings_count_with_deepspeeds_own_optimizer(ranks, inputs, tmp_path):
+    """Which keeps a count of steps in its groups."""
+    fields = inputs | {"deepspeed": "tests/fused_adam.json", "output_dir": str(tmp_path / "run")}
+    ranks(2).run(train, fields)
+    ranks(2).run(train, fields | NEW | {"resume_from_checkpoint": "auto"})
+    rates = [line["train/lr"] for line in metrics_of(tmp_path / "run")[3:]]
+    assert rates == pytest.approx([new_rate(step) for step in (3, 4, 5)], rel=1e-12)
+
+
+def test_another_precision_goes_on_from_the_same_weights(ranks, inputs, finished, tmp_path):
+    """Through the universal format, as DeepSpeed names the files of a checkpoint after the precision."""
+    lines = []
+    for bf16 in (False, True):
+        copy = shutil.copytree(finished, tmp_path / str(bf16))
+        fields = inputs | {"output_dir": str(copy), "bf16": bf16, "lmbda": 0.0, "max_steps": 4}
+        ranks(2).run(train, fields | {"resume_from_checkpoint": "auto"})
+        lines.append(metrics_of(copy)[3])
+    for name in ("train/loss", "train/grad_norm"):
+        assert lines[1][name] == pytest.approx(lines[0][name], rel=2e-2), name
+    assert lines[1]["train/lr"] == lines[0]["train/lr"]
+
+
 def test_a_length_before_the_checkpoint_and_another_seed_are_refused(ranks, inputs, finished, copy):
     resumed = inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"}
     said = ranks(2).run(refused, resumed | {"max_steps": 2})[0]
@@ -239,7 +261,7 @@ def test_other_rows_are_named_and_begun_anew_only_if_told(ranks, inputs, copy, t
     train_file.write_text(train_file.read_text() + '{"prompt": "more", "completion": "rows"}\n')
     (data / "test.jsonl").write_text('{"prompt": "more", "completion": "rows"}\n')
     said = ranks(2).run(refused, resumed)[0]
-    assert "the rows of split 'train' are not those of the checkpoint (24 usable rows then, 25 now)" in said
+    assert "the rows of split 'train' are not those of the checkpoint (24 usable rows then, 25 usable rows now)" in said
     results = ranks(2).run(train_and_listen, resumed | {"allow_data_change": True})
     assert any("begins anew" in text for text in results[0][1])
     assert any("split 'test'" in text and "do not compare" in text for text in results[0][1])

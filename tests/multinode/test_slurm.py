@@ -50,7 +50,7 @@ def train_metrics(folder: Path) -> list[dict]:
 def test_sbatch_trains_on_two_nodes(finished, recipe):
     metrics, log = read_metrics(finished), (recipe.parent / "job.log").read_text()
     assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
-    assert log.count(f"step {NUM_STEPS}/{NUM_STEPS} |") == 1  # rank 0 alone
+    assert log.count(f"step {NUM_STEPS}/{NUM_STEPS} | loss") == 1  # rank 0 alone
     manifest = json.loads((finished / "checkpoints" / f"step_{NUM_STEPS}" / "manifest.json").read_text())
     assert manifest["layout"]["world_size"] == 4
 

@@ -34,8 +34,8 @@ def test_each_kind_says_what_counts():
     assert len(changes.order) == 1 and changes.order[0].startswith("seed=1 in the checkpoint, 2 now: the order of rows")
 
 
-def test_rows_of_a_stream_are_known_by_its_first():
+def test_rows_of_a_stream_have_a_digest_and_no_number():
     before = {"train": {"split": "train", "digest": "a", "rows": None}}
     assert compare_rows(before, before).order == [] == compare_rows({}, before).order
     (text,) = compare_rows(before, {"train": before["train"] | {"digest": "b"}}).order
-    assert "the first rows of the stream of split 'train' are not those" in text
+    assert "the rows of split 'train' are not those of the checkpoint (a stream then, a stream now)" in text
