@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine import check, hosts, zero
-from engine.backbone import download_model, read_model_config
+from engine.backbone import build_on_meta, check_usable, download_model, read_model_config
 from engine.batch import Sample
 from engine.chat import stop_token_ids
 from engine.checkpoint import Checkpoints
@@ -169,11 +169,19 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
 
 
 def _model_config(model: nn.Module | None, name: str | None, field: str, config: GKDConfig) -> Any:
-    if model is not None:
-        return model.config
-    if name is None:
-        raise ValueError(f"{field} is not set, and no model object was given")
-    return read_model_config(name, config)
+    """The model's configuration, after the check that its class can be used."""
+    if model is None:
+        if name is None:
+            raise ValueError(f"{field} is not set, and no model object was given")
+        model = build_on_meta(name, read_model_config(name, config), config)
+    check_usable(model, longest_row(config))
+    return model.config
+
+
+def longest_row(config: GKDConfig) -> int:
+    """Most tokens that a micro-batch packs into one row."""
+    train = config.per_device_train_batch_size * config.num_generations
+    return config.max_length * max(train, config.per_device_eval_batch_size)
 
 
 def _tokenizer(config: GKDConfig, inputs: Inputs, shared_vocab_size: int) -> Any:

@@ -31,6 +31,7 @@ LEVELS = {
         "tokenizer",
         "vocabulary",
         "weights",
+        "structure",
         "volume",
         "signals",
         "manifest",
