@@ -180,7 +180,7 @@ def _model_config(model: nn.Module | None, name: str | None, field: str, config:
 
 def longest_row(config: GKDConfig) -> int:
     """Most tokens that a micro-batch packs into one row."""
-    train = config.per_device_train_batch_size * config.num_generations
+    train = config.per_device_train_batch_size * config.num_generations * config.teacher_tp_size  # scored together
     return config.max_length * max(train, config.per_device_eval_batch_size)
 
 

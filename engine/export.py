@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine import zero
+from engine.weights import persistent_buffers
 
 SHARD_BYTES = 4 * 2**30
 STUDENT_PREFIX = "causal_lm."  # of `HiddenStates`, under which the engine knows the student's parameters
@@ -22,7 +23,7 @@ STUDENT_PREFIX = "causal_lm."  # of `HiddenStates`, under which the engine knows
 
 def export_student(model: nn.Module, tokenizer: Any, out: Path) -> None:
     """Write the live student, in its compute dtype. All ranks must call; rank 0 writes."""
-    tensors = _gathered_parameters(model)
+    tensors = _gathered_tensors(model)
     if dist.get_rank() == 0:
         write_model_folder(tensors, [model.config, model.generation_config, tokenizer], out)
     else:
@@ -31,12 +32,14 @@ def export_student(model: nn.Module, tokenizer: Any, out: Path) -> None:
     dist.barrier()
 
 
-def _gathered_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and whole value of every parameter, gathered one at a time."""
+def _gathered_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and whole value of every tensor of a checkpoint, parameters gathered one at a time."""
     for name, param in model.named_parameters():
         with zero.gathered([param]):
             value = param.detach().cpu().clone() if dist.get_rank() == 0 else param.detach()[:0]
         yield name, value
+    for name, buffer in persistent_buffers(model).items():  # whole on every rank
+        yield name, buffer.detach().cpu().clone()
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
