@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import nn
 
 from engine import check, hosts, runfolder, zero
-from engine.backbone import check_positions, download_model, read_generation_config, read_model_config
+from engine.backbone import (
+    build_on_meta,
+    check_positions,
+    check_usable,
+    download_model,
+    read_generation_config,
+    read_model_config,
+)
 from engine.batch import Sample
 from engine.chat import stop_token_ids
 from engine.checkpoint import Checkpoints, started_on
@@ -204,11 +211,19 @@ def _read(config: GKDConfig, inputs: Inputs, train: bool, rank: int, world_size:
 
 
 def _model_config(model: nn.Module | None, name: str | None, field: str, config: GKDConfig) -> Any:
-    if model is not None:
-        return model.config
-    if name is None:
-        raise ValueError(f"{field} is not set, and no model object was given")
-    return read_model_config(name, config)
+    """The model's configuration, after the check that its class can be used."""
+    if model is None:
+        if name is None:
+            raise ValueError(f"{field} is not set, and no model object was given")
+        model = build_on_meta(name, read_model_config(name, config), config)
+    check_usable(model, longest_row(config))
+    return model.config
+
+
+def longest_row(config: GKDConfig) -> int:
+    """Most tokens that a micro-batch packs into one row."""
+    train = config.per_device_train_batch_size * config.num_generations * config.teacher_tp_size  # scored together
+    return config.max_length * max(train, config.per_device_eval_batch_size)
 
 
 def _check_export(model: nn.Module | None, config: GKDConfig, student_config: Any, tokenizer: Any) -> None:

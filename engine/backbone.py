@@ -7,6 +7,7 @@ builds the block-diagonal causal mask itself. Nothing here computes logits.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,15 +15,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
-from engine.batch import PackedBatch
+from engine.batch import PackedBatch, Sample, pack
 from engine.config import GKDConfig
 from engine.shards import load_partitioned
+from engine.structure import check_packable, find_transform, is_composite, position_rows, text_backbone, unusable
 from engine.weights import check_complete, check_files, raise_together
 
 logger = logging.getLogger(__name__)
@@ -42,14 +49,19 @@ class HiddenStates(nn.Module):
     def __init__(self, causal_lm: nn.Module) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.position_rows = position_rows(causal_lm.config)
 
     def forward(
         self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, positions_N: torch.Tensor
     ) -> torch.Tensor:
-        output = self.causal_lm.base_model(
-            input_ids=input_ids_T[None], position_ids=position_ids_T[None], use_cache=False
-        )
-        return output.last_hidden_state[0].index_select(0, positions_N)
+        inputs = packed_inputs(input_ids_T, position_ids_T, self.position_rows)
+        return text_backbone(self.causal_lm)(**inputs).last_hidden_state[0].index_select(0, positions_N)
+
+
+def packed_inputs(input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, position_rows: int) -> dict[str, Any]:
+    """What a text model is called with for one packed row; `position_rows` as `structure.position_rows`."""
+    positions = position_ids_T[None] if position_rows == 1 else position_ids_T.expand(position_rows, 1, -1)
+    return {"input_ids": input_ids_T[None], "position_ids": positions, "use_cache": False}
 
 
 def hidden_states(module: nn.Module, batch: PackedBatch) -> torch.Tensor:
@@ -72,12 +84,14 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     """
     options = {"dtype": compute_dtype(config), "attn_implementation": config.attn_implementation}
     options["trust_remote_code"] = config.trust_remote_code
+    model_config = read_model_config(name, config)
+    auto_class = find_auto_class(name, model_config)
     if zero_settings is not None:
-        model_config = read_model_config(name, config)
-        # Looking the class up imports its file. Imported inside DeepSpeed's zero.Init (0.19.8), classes would lose what
-        # decorators add to their __init__ when that context ends, as the experts of MoE models do.
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-        model = load_partitioned(name, AutoModelForCausalLM, model_config, zero_settings, **options)
+        if is_composite(model_config):
+            build_on_meta(name, model_config, config)  # imports its parts
+        # Imported inside DeepSpeed's zero.Init (0.19.8), classes would lose what decorators add to their __init__ when
+        # that context ends, as the experts of MoE models do: by now they are imported.
+        model = load_partitioned(name, auto_class, model_config, zero_settings, **options)
         if model is not None:
             model.generation_config = read_generation_config(name, model.config)
             return model
@@ -86,7 +100,7 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     partitioning = nullcontext() if zero_settings is None else HfDeepSpeedConfig(zero_settings)
     model, problem = None, None
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=zero_settings is None, **options
         )
         check_complete(name, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"])
@@ -115,7 +129,8 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
     """The model's configuration alone, to check vocabulary, head and attention before any weight is read.
 
     Raises:
-        ValueError: where there is no such model, or the attention kernel leaves out a soft cap that the model has.
+        ValueError: where there is no such model, its weights are quantized, or the attention kernel leaves out a soft
+            cap that the model has.
     """
     try:
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -123,6 +138,12 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
         raise ValueError(
             f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
         ) from error
+    except StrictDataclassError as error:
+        raise ValueError(f"model {name!r}: its config.json is wrong: {' '.join(str(error).split())}") from error
+    quantized = getattr(model_config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise ValueError(f"model {name!r}: its weights are quantized ({method}): use or make an unquantized copy")
     if model_config.model_type == "gemma2" and config.attn_implementation == "sdpa":
         raise ValueError(
             f"model {name!r}: Gemma 2 caps its attention logits, which attn_implementation=sdpa cannot do (NaN logits "
@@ -168,26 +189,97 @@ def download_model(name: str) -> None:
             files that are missing or cut short.
     """
     if Path(name).exists():
-        return check_files(name)
+        return check_files(name, Path(name))
     try:
-        folder = snapshot_download(name, allow_patterns=MODEL_FILES)
-        if not any(Path(folder).glob("*.safetensors")):
+        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+        if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"])
     except (OSError, ValueError) as error:  # the hub's errors derive from one of them
         raise ValueError(
             f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
         ) from error
-    check_files(name)
+    return check_files(name, folder)
+
+
+def find_auto_class(name: str, model_config: Any) -> Any:
+    """The transformers class that loads a model, vision tower and all where its configuration has one.
+
+    Raises:
+        ValueError: where it is no language model.
+    """
+    kind = type(model_config)
+    image_text = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
+    text_alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    # Llama 4's configuration loads as a text model too, which would drop the vision tower of a checkpoint that has one.
+    if image_text is not None and is_composite(model_config):
+        if text_alone is None or image_text.__name__ in (model_config.architectures or ()):
+            return AutoModelForImageTextToText
+    remote = getattr(model_config, "auto_map", None) or {}
+    if text_alone is None and "AutoModelForCausalLM" not in remote:
+        raise ValueError(f"model {name!r}: {kind.__name__} is not the configuration of a causal language model")
+    return AutoModelForCausalLM
+
+
+def build_on_meta(name: str, model_config: Any, config: GKDConfig) -> nn.Module:
+    """The model without weights. Raises ValueError where transformers cannot build it."""
+    auto_class = find_auto_class(name, model_config)
+    options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+    try:
+        with torch.device("meta"), no_init_weights():
+            return auto_class.from_config(model_config, **options)
+    except Exception as error:  # no such attention kernel, a package that is missing, a field that config.json lacks
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"model {name!r}: {auto_class.__name__} cannot build it ({reason})") from error
+
+
+def check_usable(model: nn.Module, longest_row: int) -> None:
+    """Check what a class shows of itself, before any weight is read: head, packing, attention.
+
+    Args:
+        longest_row: most tokens that one packed row may have.
+
+    Raises:
+        ValueError: names the class and what stands in the way.
+    """
+    find_transform(model)
+    check_packable(model)
+    text = model.config.get_text_config()
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk is not None and longest_row > chunk:  # transformers counts chunks from the start of the packed row
+        raise unusable(
+            model,
+            f"its attention works in chunks of attention_chunk_size={chunk} tokens, and sequences that share a row of "
+            f"up to {longest_row} would straddle them: lower per_device_train_batch_size (or _eval_) or max_length",
+        )
+
+
+def check_packing(model: nn.Module, score: Callable[[PackedBatch], torch.Tensor], device: torch.device) -> None:
+    """Check that sequences in one row do not see each other: one short sequence twice, with another in between.
+
+    All ranks must call where the model is partitioned. `score` gives the hidden states of a batch.
+
+    Raises:
+        ValueError: where the second time gives other hidden states than the first.
+    """
+    repeated, between = [11, 42, 73, 34, 95], [56, 17, 88, 29, 61, 92]
+    num_rows = model.get_output_embeddings().out_features
+    rows = [[token % num_rows for token in row] for row in (repeated, between, repeated)]
+    with torch.no_grad():
+        hidden = score(pack([Sample(row[:1], row, [False] + [True] * (len(row) - 1), 0) for row in rows], device))
+    first, again = hidden[:4].float(), hidden[-4:].float()
+    apart = ((first - again).norm(dim=-1) / first.norm(dim=-1)).max().item()
+    # Rounding alone, as both lie at other places of the row: under 0.01 in fp32 with TF32, and about 0.02 in bf16.
+    if not apart <= (0.02 if hidden.dtype == torch.float32 else 0.25):
+        raise unusable(
+            model, f"sequences that share a row see each other (hidden states differ by {apart:.2g} of their size)"
+        )
 
 
 def count_parameters(name: str | None, config: GKDConfig) -> int:
     """Parameters of a model, from its configuration alone; ValueError where there is none of that name."""
     if name is None:
         raise ValueError("model_name_or_path is not set")
-    model_config = read_model_config(name, config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-    return model.num_parameters()
+    return build_on_meta(name, read_model_config(name, config), config).num_parameters()
 
 
 def switch_dropout_off(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from engine import zero
 from engine.errors import CheckpointError
 from engine.manifest import all_or_none, flush_file, list_files, publish, verify
 from engine.parts import save_parts
+from engine.weights import persistent_buffers
 
 SHARD_BYTES = 4 * 2**30
 STUDENT_PREFIX = "causal_lm."  # of `HiddenStates`, under which the engine knows the student's parameters
@@ -33,7 +34,7 @@ def export_student(model: nn.Module, parts: list[Any], out: Path) -> None:
     Raises:
         CheckpointError: where it cannot be written; an earlier export stays as it was.
     """
-    tensors = _gathered_parameters(model)
+    tensors = _gathered_tensors(model)
 
     def write() -> None:
         try:
@@ -70,12 +71,14 @@ def beside(out: Path) -> Iterator[Path]:
         raise
 
 
-def _gathered_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and whole value of every parameter, gathered one at a time."""
+def _gathered_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and whole value of every tensor of a checkpoint, parameters gathered one at a time."""
     for name, param in model.named_parameters():
         with zero.gathered([param]):
             value = param.detach().cpu().clone() if dist.get_rank() == 0 else param.detach()[:0]
         yield name, value
+    for name, buffer in persistent_buffers(model).items():  # whole on every rank
+        yield name, buffer.detach().cpu().clone()
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,22 @@ from torch import nn
 from transformers import get_scheduler
 
 from engine import zero
-from engine.backbone import HiddenStates, compute_dtype, hidden_states, load_causal_lm, switch_dropout_off
+from engine.backbone import (
+    HiddenStates,
+    check_packing,
+    compute_dtype,
+    hidden_states,
+    load_causal_lm,
+    switch_dropout_off,
+)
 from engine.batch import PackedBatch
 from engine.config import GKDConfig
 from engine.distributed import VocabGroups
 from engine.loss.head import HeadShard, StudentHead, describe_head
 from engine.settings import resolve_deepspeed
+from engine.structure import freeze_unused
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,6 +98,8 @@ def build_student(
     settings = resolve_deepspeed(config, groups.world_size, model.config.get_text_config().hidden_size)
     model.to(compute_dtype(config))
     head = describe_head(model)
+    prepare_gradients(model)
+    model.config.architectures = [type(model).__name__]  # what the export is loaded with
     if config.disable_dropout:
         switch_dropout_off(model)
     zero.moe_leaf_modules(model)
@@ -100,7 +113,25 @@ def build_student(
         lr_scheduler=lambda basic_optimizer: build_schedule(basic_optimizer, config, num_steps),
         config=settings,
     )
-    return Student(model, engine, StudentHead(head, groups, shared_vocab_size, engine.device))
+    student = Student(model, engine, StudentHead(head, groups, shared_vocab_size, engine.device))
+    engine.eval()
+    check_packing(model, student.hidden, engine.device)
+    return student
+
+
+def prepare_gradients(model: nn.Module) -> None:
+    """Leave out of training what no text passes through. What the user has frozen stays so.
+
+    Raises:
+        ValueError: where nothing is left to train, or a head's bias is to be trained without its weight.
+    """
+    num_unused, head = freeze_unused(model), model.get_output_embeddings()
+    if num_unused:
+        logger.info("%s: %d parameters outside its text model are not trained", type(model).__name__, num_unused)
+    if not any(param.requires_grad for param in model.parameters()):
+        raise ValueError("every parameter of the student is frozen (requires_grad=False): nothing could be trained")
+    if head.bias is not None and head.bias.requires_grad and not head.weight.requires_grad:
+        raise ValueError("the student's head is frozen and its bias is not: freeze both, or neither")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

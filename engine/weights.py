@@ -107,20 +107,20 @@ def weight_folder(name: str) -> Path:
 
 def find_tensor_files(name: str) -> TensorFiles | None:
     """The safetensors files of a local folder or a hub model; None where it has none. ValueError as `TensorFiles`."""
-    folder = weight_folder(name)
-    if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        return None
-    return TensorFiles(folder)
+    return tensor_files_in(weight_folder(name))
 
 
-def check_files(name: str) -> None:
-    """Check that a model's weight files are there and whole, by their headers.
+def tensor_files_in(folder: Path) -> TensorFiles | None:
+    return TensorFiles(folder) if (folder / INDEX).is_file() or (folder / SINGLE).is_file() else None
+
+
+def check_files(name: str, folder: Path) -> None:
+    """Check that the weight files of model `name` are in its folder and whole, by their headers.
 
     Raises:
         ValueError: names the file.
     """
-    folder = weight_folder(name)
-    if find_tensor_files(name) is not None:
+    if tensor_files_in(folder) is not None:
         return
     if (folder / TORCH_INDEX).is_file():
         files = sorted({folder / file for file in read_index(folder / TORCH_INDEX).values()})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
+
+from engine.backbone import find_auto_class
 
 
 def tiny_llama(
@@ -26,7 +28,7 @@ def build(config, seed: int = 0, attention: str = "sdpa"):
     """A model in fp32, its weights drawn from `seed`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
+        return find_auto_class("tiny", config).from_config(
             config, dtype=torch.float32, attn_implementation="eager" if config.model_type == "gemma2" else attention
         )
 

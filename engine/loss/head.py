@@ -21,19 +21,7 @@ from torch import nn
 
 from engine import zero
 from engine.distributed import VocabGroups, all_gather_rows, pass_along, reduce_scatter_rows, sum_over_world
-
-# For each `model_type`: how its class turns head(hidden) into logits. Read off transformers 5.23; every entry is
-# compared with the model's own logits by a test. "scale" multiplies, "divide" divides, "softcap" caps by tanh;
-# the value is the name of the config field that holds the number.
-HEAD_TRANSFORMS: dict[str, dict[str, str]] = {
-    **{name: {} for name in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "phi",
-                             "phi3", "gpt2", "gpt_neox", "olmo2", "smollm3", "starcoder2")},
-    "gemma2": {"softcap": "final_logit_softcapping"},
-    "gemma3_text": {"softcap": "final_logit_softcapping"},
-    "granite": {"divide": "logits_scaling"},
-    "cohere": {"scale": "logit_scale"},
-    "cohere2": {"scale": "logit_scale"},
-}  # fmt: skip
+from engine.structure import find_transform
 
 
 @dataclass(frozen=True)
@@ -53,21 +41,12 @@ def describe_head(model: nn.Module) -> HeadSpec:
     """The head of a Hugging Face causal LM, partitioned or not.
 
     Raises:
-        ValueError: where the model's class is not one whose head is known, as its logits could be silently wrong.
+        ValueError: where the logits of the model's class are not of this form.
     """
-    model_type = model.config.model_type
-    head = model.get_output_embeddings()
-    if model_type not in HEAD_TRANSFORMS or not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{type(model).__name__} (model_type {model_type!r}): the transform from hidden states to logits is not "
-            f"known for this class; known model types: {', '.join(sorted(HEAD_TRANSFORMS))}. "
-            "Add it to HEAD_TRANSFORMS in engine/loss/head.py together with its case in tests/unit/test_heads.py"
-        )
-    transform = {kind: getattr(model.config, name) for kind, name in HEAD_TRANSFORMS[model_type].items()}
+    transform, head = find_transform(model), model.get_output_embeddings()
     num_rows, hidden_size = zero.full_shape(head.weight)
-    scale = transform.get("scale", 1.0) / transform.get("divide", 1.0)
     tied = head.weight is model.get_input_embeddings().weight
-    return HeadSpec(head.weight, head.bias, tied, scale, transform.get("softcap"), num_rows, hidden_size)
+    return HeadSpec(head.weight, head.bias, tied, transform.scale, transform.softcap, num_rows, hidden_size)
 
 
 @dataclass(frozen=True)
@@ -169,7 +148,7 @@ class StudentHead:
         self.shard = HeadShard(weight_SH, bias_S, self.masked_columns, self.spec.scale, self.spec.softcap)
         if train and self.spec.weight.requires_grad:
             self.shard.grad_SH = torch.zeros_like(weight_SH, dtype=torch.float32)
-            if bias_S is not None:
+            if bias_S is not None and self.spec.bias is not None and self.spec.bias.requires_grad:
                 self.shard.grad_bias_S = torch.zeros_like(bias_S)
         return self.shard
 

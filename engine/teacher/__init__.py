@@ -7,12 +7,14 @@ the trainer sees only `hidden`, `head` and `gathered`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import deepspeed
 import torch
 from torch import nn
 
 from engine import zero
-from engine.backbone import HiddenStates, compute_dtype, load_causal_lm
+from engine.backbone import HiddenStates, check_packing, compute_dtype, load_causal_lm
 from engine.config import GKDConfig
 from engine.settings import fill_bucket_sizes, teacher_settings
 from engine.teacher.interface import Teacher
@@ -26,6 +28,9 @@ def build_teacher(config: GKDConfig, model: nn.Module | None, device: torch.devi
     """The teacher in its configured placement, from a model object or `teacher_model_name_or_path`.
 
     All ranks must call.
+
+    Raises:
+        ValueError: for weights that are incomplete, and a class that cannot be used.
     """
     settings = teacher_settings(config) if config.teacher_placement == "zero3" else None
     if model is None:
@@ -33,6 +38,12 @@ def build_teacher(config: GKDConfig, model: nn.Module | None, device: torch.devi
         model = load_causal_lm(config.teacher_model_name_or_path, config, settings)
     model.eval().requires_grad_(False)
     model.to(compute_dtype(config))
+    teacher = _place(config, model, device, settings)
+    check_packing(model, lambda batch: next(teacher.score([batch])), device)
+    return teacher
+
+
+def _place(config: GKDConfig, model: nn.Module, device: torch.device, settings: dict[str, Any] | None) -> Teacher:
     if config.teacher_placement == "tensor_parallel":
         return TensorParallelTeacher(model, build_group(config.teacher_tp_size))
     if config.teacher_offload == "between_steps":

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from engine.backbone import packed_inputs
 from engine.batch import PackedBatch
 from engine.distributed import all_gather_rows
+from engine.structure import position_rows, text_backbone
 from engine.teacher.interface import Teacher
 
 
@@ -24,13 +26,14 @@ class TensorParallelTeacher(Teacher):
         super().__init__(model, model)
         self._group, self._size, self._place = group, dist.get_world_size(group), dist.get_rank(group)
         engine = deepspeed.init_inference(
-            model.base_model,
+            text_backbone(model),
             dtype=model.dtype,
             replace_with_kernel_inject=False,
             # 0.19.8 takes the size from mpu and the group to slice by from tp_group; without the latter nothing is cut
             tensor_parallel={"mpu": _GroupOnly(group), "tp_group": group, "tp_size": self._size},
         )
         self._backbone = engine.module
+        self._position_rows = position_rows(model.config)
 
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
@@ -39,7 +42,7 @@ class TensorParallelTeacher(Teacher):
             self._group,
         ).tolist()
         ids, positions = self._exchange(batch.input_ids_T, batch.position_ids_T, [t for t, _ in sizes])
-        output = self._backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        output = self._backbone(**packed_inputs(ids, positions, self._position_rows))
         start = sum(t for t, _ in sizes[: self._place])
         return output.last_hidden_state[0].index_select(0, batch.predictor_N + start)
 

@@ -12,8 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from engine import GKDConfig
 from engine.backbone import download_model, load_causal_lm
+from engine.export import export_checkpoint
 from engine.settings import teacher_settings
-from tests.models import tiny_llama
+from engine.weights import persistent_buffers
+from tests.distributed.test_training import train
+from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
+from tests.unit.test_heads import CONFIGS
 
 
 def as_bin(folder: Path) -> None:
@@ -149,3 +153,19 @@ def test_complete_weights_load(ranks, tmp_path):
     for placement in ("zero3", "replicated"):
         for results in ranks(2).run(errors, {n: str(f) for n, f in folders.items()}, placement):
             assert set(results.values()) == {"loaded"}, (placement, results)
+
+
+def test_buffers_of_a_checkpoint_are_read_and_written(ranks, tmp_path):
+    """DeepSeek V3's router has a bias that is no parameter."""
+    fields = write_run_inputs(tmp_path) | {"max_steps": 1, "save_steps": 1, "lmbda": 0.0}
+    values = CONFIGS["deepseek_v3"].to_dict() | {"vocab_size": 259, "max_position_embeddings": 512}
+    model = build(type(CONFIGS["deepseek_v3"]).from_dict(values))
+    (key,) = persistent_buffers(model)
+    persistent_buffers(model)[key].copy_(torch.tensor([3.0, -2.0, 1.0, 0.5]))
+    model.save_pretrained(tmp_path / "deepseek")
+    tiny_tokenizer().save_pretrained(tmp_path / "deepseek")
+    ranks(2).run(train, fields | {"model_name_or_path": str(tmp_path / "deepseek")})
+    export_checkpoint(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "out", None)
+    for folder in (tmp_path / "run" / "final", tmp_path / "out"):
+        loaded = load_causal_lm(str(folder), GKDConfig(bf16=False), None)
+        assert persistent_buffers(loaded)[key].tolist() == [3.0, -2.0, 1.0, 0.5]

@@ -32,16 +32,39 @@ ALLOWED_PATHS = (
 # Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
 LEVELS = {
     0: {"config", "values", "paths", "settings", "deepspeed_json", "errors"},
-    1: {"distributed", "hosts", "logs", "batch", "order", "rows", "messages", "sources", "tokenizer", "vocabulary"},
-    2: {"signals", "manifest", "timing", "progress", "kv_cache", "marks", "runfolder", "changes", "parts", "volume"},
-    3: {"loss", "zero", "tracking", "template", "completeness", "turns", "chat", "backbone", "shards", "elastic"},
-    4: {"data", "encoding", "selection", "startup", "student", "teacher", "decoder", "objective", "performance"},
-    5: {"rollout", "checkpoint", "check", "export", "evaluation", "faults"},
-    6: {"trainer", "assembly"},
-    7: {"cli", "__main__", "bench", "__init__"},
+    1: {
+        "volume",
+        "distributed",
+        "hosts",
+        "logs",
+        "batch",
+        "order",
+        "rows",
+        "messages",
+        "sources",
+        "tokenizer",
+        "vocabulary",
+    },
+    2: {"signals", "manifest", "timing", "progress", "kv_cache", "marks", "runfolder", "changes", "parts", "weights"},
+    3: {
+        "structure",
+        "loss",
+        "zero",
+        "tracking",
+        "template",
+        "completeness",
+        "turns",
+        "chat",
+        "shards",
+        "elastic",
+        "weights",
+    },
+    4: {"backbone"},
+    5: {"data", "encoding", "selection", "tally", "startup", "student", "teacher", "decoder", "objective"},
+    6: {"rollout", "checkpoint", "check", "export", "evaluation", "faults", "performance"},
+    7: {"trainer", "assembly"},
+    8: {"cli", "__main__", "bench", "__init__"},
 }
-LEVELS[3] |= {"weights"}
-LEVELS[4] |= {"tally"}
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 
 
