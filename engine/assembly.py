@@ -44,6 +44,7 @@ from engine.sources import has_split
 from engine.startup import init_distributed
 from engine.student import Student, build_student
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
+from engine.template import TemplateInput
 from engine.tokenizer import load_tokenizer, load_tokenizer_at_hand, plain_tokenizer, prepare_tokenizer
 from engine.vocabulary import check_ids, check_same_vocabulary
 
@@ -233,7 +234,7 @@ def _check_export(model: nn.Module | None, config: GKDConfig, student_config: An
     else:
         assert config.model_name_or_path is not None  # `_model_config` has read it
         settings = read_generation_config(config.model_name_or_path, student_config)
-    check_saveable(export_parts(student_config, settings, tokenizer, stop_token_ids(tokenizer, settings.eos_token_id)))
+    check_saveable(export_parts(student_config, settings, tokenizer, stop_ids_of(config, tokenizer, settings)))
 
 
 def _tokenizer(config: GKDConfig, inputs: Inputs, shared_vocab_size: int) -> Any:
@@ -273,11 +274,17 @@ def count_steps(config: GKDConfig, data: StepData) -> int:
     return math.ceil(config.num_train_epochs * data.steps_per_epoch(data.global_batch))
 
 
+def stop_ids_of(config: GKDConfig, tokenizer: Any, generation_config: Any) -> list[int]:
+    """Ids at which the student stops, in rollouts and once it is exported."""
+    template = TemplateInput(kwargs=config.chat_template_kwargs)
+    return stop_token_ids(tokenizer, generation_config.eos_token_id, template)
+
+
 def build_sampling(config: GKDConfig, tokenizer: Any, model: nn.Module, shared_vocab_size: int) -> Sampling:
     context_size = min(
         config.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", config.max_length)
     )
-    stop_ids = stop_token_ids(tokenizer, model.generation_config.eos_token_id)
+    stop_ids = stop_ids_of(config, tokenizer, model.generation_config)
     check_ids(stop_ids, shared_vocab_size, tokenizer)
     return Sampling(
         stop_ids=tuple(stop_ids),

@@ -216,13 +216,14 @@ class WandbBackend:
         self.run.define_metric("*", step_metric="step")
 
     def _init(self, mode: Any) -> Any:
-        """`mode` may be whatever WANDB_MODE says; wandb checks it, and reads the other variables where we say None."""
+        """`mode` may be whatever WANDB_MODE says; wandb checks it. The variables are read here, as wandb keeps those
+        that it finds at the first run of a process for all later ones."""
         import wandb
 
         config = self.config
         return wandb.init(
             project=config.wandb_project or os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
-            entity=config.wandb_entity,
+            entity=config.wandb_entity or os.environ.get("WANDB_ENTITY"),
             group=config.wandb_group or os.environ.get("WANDB_RUN_GROUP"),  # wandb 0.31 reads it and forgets it
             tags=config.wandb_tags or None,
             name=config.run_name or os.environ.get("WANDB_NAME") or self.run_dir.name,
