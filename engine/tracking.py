@@ -224,8 +224,8 @@ class WandbBackend:
         return wandb.init(
             project=config.wandb_project or os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
             entity=config.wandb_entity or os.environ.get("WANDB_ENTITY"),
-            group=config.wandb_group or os.environ.get("WANDB_RUN_GROUP"),  # wandb 0.31 reads it and forgets it
-            tags=config.wandb_tags or None,
+            group=config.wandb_group or os.environ.get("WANDB_RUN_GROUP"),
+            tags=config.wandb_tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag] or None,
             name=config.run_name or os.environ.get("WANDB_NAME") or self.run_dir.name,
             id=self.run_id,
             resume="allow",
