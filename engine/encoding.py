@@ -38,7 +38,7 @@ MAX_PROCESSES = 32
 BAD, NO_ROOM = -2, -1  # in the column `num_responses`
 # Files whose text decides about token ids: a change in one of them makes every cache stale.
 CODE = ("chat.py", "completeness.py", "encoding.py", "marks.py", "messages.py", "rows.py", "sources.py", "template.py",
-        "tokenizer.py", "turns.py")  # fmt: skip
+        "tokenizer.py", "turns.py", "vocabulary.py")  # fmt: skip
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
 
 FEATURES = Features(

@@ -28,6 +28,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 
 from engine.config import GKDConfig
+from engine.messages import MEDIA
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,9 @@ def read_rows(source: Dataset | JsonLines | list, first: int, last: int) -> Iter
     if isinstance(source, JsonLines):
         yield from source.read(first, last)
     elif isinstance(source, Dataset):
-        columns = source[first:last]
+        media = [name for name in source.column_names if name in MEDIA]  # refused, so not worth decoding
+        columns = source.remove_columns(media)[first:last]
+        columns |= source.select_columns(media).with_format("arrow")[first:last].to_pydict() if media else {}
         yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
     else:
         yield from source[first:last]

@@ -4,7 +4,9 @@ import datetime
 import json
 import logging
 import multiprocessing
+import re
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -112,6 +114,17 @@ def kept_encoder(tokenizer) -> RowEncoder:
     return RowEncoder(tokenizer, 200)
 
 
+def test_media_are_refused_without_decoding_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.Image, "decode_example", None)  # as without the library that decodes
+    columns = {"messages": [talk("a", "b")] * 3, "images": [[], None, [{"path": "x.png", "bytes": b"x"}]]}
+    messages = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+    features = datasets.Features({"messages": messages, "images": datasets.List(datasets.Image())})
+    dataset = Dataset.from_dict(columns, features=features)
+    with pytest.raises(ValueError, match="train_dataset, row 3: `images` has content: this engine trains on text"):
+        build_rows(dataset, tokenizer, config(), "train")
+    assert len(build_rows(dataset, tokenizer, config(on_bad_row="skip"), "train")) == 2
+
+
 def test_ten_bad_rows_are_named_and_all_bad_is_an_error(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         rows = build_rows([{"prompt": ""}] * 25 + dialogues(2), tokenizer, config(on_bad_row="skip"), "train")
@@ -195,6 +208,18 @@ def test_the_key_holds_all_that_tokens_depend_on(tokenizer, cache, monkeypatch):
     assert num_files() == 9
     monkeypatch.setattr(encoding, "CODE", (*encoding.CODE, "order.py"))
     assert num_files() == 10 == num_files()
+
+
+def test_every_module_that_encoding_uses_is_part_of_the_key():
+    seen, waiting = set(), ["encoding"]
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        text = (Path(encoding.__file__).parent / f"{name}.py").read_text()
+        found = set(re.findall(r"^from engine\.(\w+) import", text, re.M))
+        found |= set(re.findall(r"^from engine import (\w+)$", text, re.M))
+        waiting += found - seen - {"config"}
+    assert {f"{name}.py" for name in seen} <= set(encoding.CODE)
 
 
 def encode_and_count(folder, queue) -> None:
