@@ -8,11 +8,11 @@ nothing of the configuration's values (settings.py does).
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 from engine.paths import expand_path
+from engine.values import parse_json
 
 _STAGE3 = """allgather_sequential gather_16bit_weights_on_model_save max_live_parameters max_reuse_distance
     model_persistence_threshold module_granularity_threshold param_persistence_threshold prefetch_bucket_size
@@ -104,30 +104,11 @@ def expand_nvme_paths(settings: dict[str, Any], name: str) -> None:
             block["nvme_path"] = expand_path(block["nvme_path"], f"{name} `zero_optimization.{key}.nvme_path`")
 
 
-def parse_json(text: str, name: str) -> dict[str, Any]:
-    """A JSON object written out in `text`; ValueError where it is none, or has a key twice."""
-    try:
-        settings = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
-        raise ValueError(f"{name}: not valid JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{name}: must hold a JSON object, holds a {type(settings).__name__}")
-    return settings
-
-
 def _load(path: Path, name: str) -> dict[str, Any]:
     label = f"{name}={str(path)!r}"
     if not path.is_file():
         raise ValueError(f"{label}: no such file")
     return parse_json(path.read_text(encoding="utf-8-sig"), label)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"the key `{twice[0]}` occurs twice")
-    return dict(pairs)
 
 
 def _without_nulls(node: Any) -> Any:

@@ -20,6 +20,9 @@ import torch
 from torch import nn
 from transformers import masking_utils
 
+from engine import zero
+from engine.loss.head import HeadSpec
+
 # Fields of a (text) configuration that act on the logits: factors, divisors, and tanh caps.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling",)
@@ -139,6 +142,18 @@ def unknown(model: nn.Module, reason: str) -> ValueError:
         f"{type(model).__name__} (model_type {model.config.model_type!r}): the transform from hidden states to logits "
         f"is not known for this class: {reason}. See engine/structure.py"
     )
+
+
+def describe_head(model: nn.Module) -> HeadSpec:
+    """The head of a Hugging Face causal LM, partitioned or not.
+
+    Raises:
+        ValueError: where the logits of the model's class are not of this form.
+    """
+    transform, head = find_transform(model), model.get_output_embeddings()
+    num_rows, hidden_size = zero.full_shape(head.weight)
+    tied = head.weight is model.get_input_embeddings().weight
+    return HeadSpec(head.weight, head.bias, tied, transform.scale, transform.softcap, num_rows, hidden_size)
 
 
 def find_transform(model: nn.Module) -> LogitTransform:

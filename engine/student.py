@@ -25,9 +25,9 @@ from engine.backbone import (
 from engine.batch import PackedBatch
 from engine.config import GKDConfig
 from engine.distributed import VocabGroups
-from engine.loss.head import HeadShard, StudentHead, describe_head
+from engine.loss.head import HeadShard, StudentHead
 from engine.settings import resolve_deepspeed
-from engine.structure import freeze_unused
+from engine.structure import describe_head, freeze_unused
 
 logger = logging.getLogger(__name__)
 

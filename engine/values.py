@@ -13,8 +13,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from engine.deepspeed_json import parse_json
-
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "y": True, "t": True,
          "false": False, "no": False, "off": False, "0": False, "n": False, "f": False}  # fmt: skip
 UNSET = ("none", "null", "")
@@ -96,3 +94,22 @@ def _as_list(name: str, text: str) -> list[str]:
         return [str(item) for item in json.loads(text)]
     except ValueError as error:
         raise ValueError(f'{name}={text!r}: not valid JSON ({error}); write ["a", "b"], or a,b') from error
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """A JSON object written out in `text`; ValueError where it is none, or has a key twice."""
+    try:
+        settings = json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise ValueError(f"{name}: not valid JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}: must hold a JSON object, holds a {type(settings).__name__}")
+    return settings
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the key `{twice[0]}` occurs twice")
+    return dict(pairs)

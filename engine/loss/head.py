@@ -21,7 +21,6 @@ from torch import nn
 
 from engine import zero
 from engine.distributed import VocabGroups, all_gather_rows, pass_along, reduce_scatter_rows, sum_over_world
-from engine.structure import find_transform
 
 
 @dataclass(frozen=True)
@@ -35,18 +34,6 @@ class HeadSpec:
     softcap: float | None
     num_rows: int
     hidden_size: int
-
-
-def describe_head(model: nn.Module) -> HeadSpec:
-    """The head of a Hugging Face causal LM, partitioned or not.
-
-    Raises:
-        ValueError: where the logits of the model's class are not of this form.
-    """
-    transform, head = find_transform(model), model.get_output_embeddings()
-    num_rows, hidden_size = zero.full_shape(head.weight)
-    tied = head.weight is model.get_input_embeddings().weight
-    return HeadSpec(head.weight, head.bias, tied, transform.scale, transform.softcap, num_rows, hidden_size)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import nn
 from engine import zero
 from engine.backbone import hidden_states
 from engine.batch import PackedBatch
-from engine.loss.head import HeadSpec, describe_head
+from engine.loss.head import HeadSpec
+from engine.structure import describe_head
 
 
 class Teacher:

@@ -20,10 +20,10 @@ from engine.backbone import (
 from engine.batch import Sample, pack
 from engine.decoder import Decoder, Request, Sampling
 from engine.loss.divergence import DivergenceSpec, dense_divergence
-from engine.loss.head import HeadShard, describe_head
+from engine.loss.head import HeadShard
 from engine.loss.projection import project
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
-from engine.structure import find_transform, freeze_unused, text_backbone
+from engine.structure import describe_head, find_transform, freeze_unused, text_backbone
 from tests.models import build, tiny_llama
 
 SIZES = {
