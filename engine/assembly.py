@@ -16,8 +16,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import check, hosts, runfolder, zero
-from engine.backbone import (
+from engine import check
+from engine.checkpoint import run_folder
+from engine.checkpoint.checkpoint import Checkpoints, started_on
+from engine.checkpoint.parts import check_saveable, export_parts
+from engine.cluster import hosts
+from engine.cluster.collectives import build_vocab_groups
+from engine.cluster.startup import init_distributed
+from engine.config import GKDConfig
+from engine.data.batch import Sample
+from engine.data.chat import stop_token_ids
+from engine.data.samples import StepData, build_rows, eval_batches
+from engine.data.selection import MapRows
+from engine.data.sources import has_split
+from engine.data.template import TemplateInput
+from engine.data.tokenizer import load_tokenizer, load_tokenizer_at_hand, plain_tokenizer, prepare_tokenizer
+from engine.data.vocabulary import check_ids, check_same_vocabulary
+from engine.evaluation import Evaluator
+from engine.loss.objective import Objective
+from engine.models.backbone import (
     build_on_meta,
     check_positions,
     check_usable,
@@ -25,28 +42,14 @@ from engine.backbone import (
     read_generation_config,
     read_model_config,
 )
-from engine.batch import Sample
-from engine.chat import stop_token_ids
-from engine.checkpoint import Checkpoints, started_on
-from engine.config import GKDConfig
-from engine.data import StepData, build_rows, eval_batches
-from engine.decoder import Sampling
-from engine.distributed import build_vocab_groups
-from engine.evaluation import Evaluator
-from engine.faults import BadSteps
-from engine.objective import Objective
-from engine.parts import check_saveable, export_parts
-from engine.performance import Meter
-from engine.rollout import Rollout
-from engine.selection import MapRows
-from engine.settings import replaced_scheduler, resolve_deepspeed, teacher_settings
-from engine.sources import has_split
-from engine.startup import init_distributed
-from engine.student import Student, build_student
+from engine.models.student import Student, build_student
+from engine.rollout.decoder import Sampling
+from engine.rollout.rollout import Rollout
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
-from engine.template import TemplateInput
-from engine.tokenizer import load_tokenizer, load_tokenizer_at_hand, plain_tokenizer, prepare_tokenizer
-from engine.vocabulary import check_ids, check_same_vocabulary
+from engine.tracking.bad_steps import BadSteps
+from engine.tracking.performance import Meter
+from engine.zero import partitions
+from engine.zero.settings import replaced_scheduler, resolve_deepspeed, teacher_settings
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     checkpoints = Checkpoints(config)
     resume_from = checkpoints.find() if train else None
     if train:
-        runfolder.check_start(config, resume_from)
+        run_folder.check_start(config, resume_from)
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
     started = check.gather((started_on(resume_from) if resume_from else None) or date.today().isoformat())[0]
     read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size, started))
@@ -129,7 +132,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     evaluator = None
     if read.evaluator_batches is not None:
         evaluator = Evaluator(read.evaluator_batches, objective, rollout, student, teacher)
-    zero.bound_waits(config.timeout_s)
+    partitions.bound_waits(config.timeout_s)
     return Run(
         config, rank, world_size, device, read.tokenizer, student, parts, teacher, objective, rollout, read.data,
         evaluator, checkpoints, resume_from, started, BadSteps(config, read.tokenizer, rank, device),

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from engine import hosts
-from engine.backbone import count_parameters
+from engine.cluster import hosts
 from engine.config import GKDConfig
-from engine.settings import read_deepspeed
-from engine.sources import fingerprint, load_rows
-from engine.tracking import package_versions
+from engine.data.sources import fingerprint, load_rows
+from engine.models.backbone import count_parameters
+from engine.tracking.tracker import package_versions
+from engine.zero.settings import read_deepspeed
 
 T = TypeVar("T")
 

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     try:
         return COMMANDS[options.command](options, parse_overrides(rest))
     except Exception as error:  # the process ends here: the report decides on which rank's console it shows
-        from engine.logs import report_failure
+        from engine.cluster.logs import report_failure
 
         return report_failure(error)
 
@@ -162,7 +162,7 @@ def read_config(path: Path | None, overrides: dict[str, Any]) -> GKDConfig:
 
 def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = read_config(options.config, overrides)
-    from engine.logs import open_rank_log
+    from engine.cluster.logs import open_rank_log
     from engine.trainer import GKDTrainer
 
     open_rank_log(Path(config.output_dir))
@@ -219,7 +219,7 @@ def check(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     import torch.distributed as dist
 
     from engine.check import check_cluster
-    from engine.startup import init_distributed
+    from engine.cluster.startup import init_distributed
 
     problems = check_cluster(config, init_distributed(config.timeout_s))
     if dist.get_rank() == 0:
@@ -235,7 +235,7 @@ def export(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         raise ValueError(f"export takes no configuration fields, got {', '.join(overrides)}")
     import torch
 
-    from engine.export import export_checkpoint
+    from engine.models.export import export_checkpoint
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
     checkpoint, out = (Path(expand_path(str(path), "export")) for path in (options.checkpoint, options.out))

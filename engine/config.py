@@ -2,7 +2,7 @@
 
 This file imports neither torch nor DeepSpeed, so `--help` and a misspelt key answer at once. Field names
 follow TRL's GKD script and Hugging Face's `TrainingArguments` wherever the same thing exists there.
-DeepSpeed's JSON owns ZeRO and offload (engine/settings.py); this file owns batch, optimizer and lengths.
+DeepSpeed's JSON owns ZeRO and offload (engine/zero/settings.py); this file owns batch, optimizer and lengths.
 """
 
 from __future__ import annotations

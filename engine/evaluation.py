@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.batch import PackedBatch, Sample, pack
-from engine.objective import Objective, ValueSums, count_response_tokens
-from engine.rollout import Rollout
-from engine.student import Student
+from engine.data.batch import PackedBatch, Sample, pack
+from engine.loss.objective import Objective, ValueSums, count_response_tokens
+from engine.models.student import Student
+from engine.rollout.rollout import Rollout
 from engine.teacher import Teacher
 
 NOTHING = Sample(prompt_ids=[0], input_ids=[0], response_mask=[False], index=-1)  # fills a rank's missing batch

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine import runfolder
 from engine.assembly import Inputs, assemble
-from engine.batch import PackedBatch, Sample, pack
-from engine.checkpoint import TrainState
+from engine.checkpoint import run_folder
+from engine.checkpoint.checkpoint import TrainState
+from engine.cluster.collectives import draw_seed, shared_uniform
+from engine.cluster.signals import Watch
 from engine.config import GKDConfig
-from engine.distributed import draw_seed, shared_uniform
+from engine.data.batch import PackedBatch, Sample, pack
 from engine.evaluation import Evaluation
-from engine.export import export_student
-from engine.faults import sample_rows
-from engine.objective import ValueSums, count_response_tokens
+from engine.loss.objective import ValueSums, count_response_tokens
+from engine.models.export import export_student
 from engine.paths import expand_path
-from engine.signals import Watch
-from engine.tracking import Tracker
+from engine.tracking.bad_steps import sample_rows
+from engine.tracking.tracker import Tracker
 
 VALUE_METRICS = {"divergence": "train/", "student_entropy": "train/", "nll": "train/", "acceptance": "train/",
                  "top1_agreement": "train/", "teacher_entropy": "teacher/"}  # fmt: skip
@@ -88,7 +88,7 @@ class GKDTrainer:
             self.rollouts = run.checkpoints.load_rollouts(run.resume_from)
         elif config.overwrite_output_dir and self.state.step == 0:
             if run.rank == 0:
-                runfolder.clear(Path(config.output_dir))
+                run_folder.clear(Path(config.output_dir))
             dist.barrier()
         extra = {"deepspeed_resolved": run.deepspeed_settings, "world_size": run.world_size}
         self.tracker = Tracker(config, Path(config.output_dir), run.rank == 0, self.state.run_id, extra)

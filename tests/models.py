@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig
 
-from engine.backbone import find_auto_class
+from engine.models.backbone import find_auto_class
 
 
 def tiny_llama(

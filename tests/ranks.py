@@ -34,7 +34,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from engine.startup import init_distributed
+    from engine.cluster.startup import init_distributed
 
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -27,13 +27,13 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
-from engine import volume
 from engine.bench.loopback import private_loopback, why_not_private
 from engine.bench.measure import Measured, measure
-from engine.distributed import VocabGroups, build_vocab_groups
+from engine.cluster.collectives import VocabGroups, build_vocab_groups
 from engine.loss.divergence import DivergenceSpec, dense_divergence
 from engine.loss.head import HeadShard, RowLayout, masked_columns
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
+from engine.plan import volume
 
 
 @dataclass(frozen=True)

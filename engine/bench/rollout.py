@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LogitsProcessor
 
 from engine.bench.measure import measure
-from engine.decoder import Decoder, Request, Sampling
+from engine.rollout.decoder import Decoder, Request, Sampling
 
 STOP_ID = 0
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine import zero
-from engine.distributed import VocabGroups, all_gather_rows, pass_along, reduce_scatter_rows, sum_over_world
+from engine.cluster.collectives import VocabGroups, all_gather_rows, pass_along, reduce_scatter_rows, sum_over_world
+from engine.zero import partitions
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class StudentHead:
             weight_SH = weight_SH.float()
         bias_S = None
         if self.spec.bias is not None:
-            bias_S = select_rows(zero.full_value(self.spec.bias).float(), self.ids_S)
+            bias_S = select_rows(partitions.full_value(self.spec.bias).float(), self.ids_S)
         self.shard = HeadShard(weight_SH, bias_S, self.masked_columns, self.spec.scale, self.spec.softcap)
         if train and self.spec.weight.requires_grad:
             self.shard.grad_SH = torch.zeros_like(weight_SH, dtype=torch.float32)
@@ -142,7 +142,7 @@ class StudentHead:
     def _own_rows(self) -> torch.Tensor:
         """The rows that start in this rank's piece, padded to a common number, [R, H]; a view where they fit."""
         layout, rank = self.layout, self.groups.rank
-        piece = zero.local_piece(self.spec.weight)
+        piece = partitions.local_piece(self.spec.weight)
         first, stop = layout.rows_of_piece(rank)
         size, lead = (stop - first) * layout.row_size, layout.lead_size(rank)
         if not layout.has_split_rows and stop - first == layout.rows_per_piece:
@@ -174,7 +174,7 @@ class StudentHead:
         piece[lead : lead + flat.numel()] = flat[:room]
         if layout.has_split_rows:
             piece[:lead] = pass_along(flat[room:], layout.row_size, self.groups, step=1)[:lead]
-        zero.put_local_grad(self.spec.weight, piece, accumulate=self.spec.tied)
+        partitions.put_local_grad(self.spec.weight, piece, accumulate=self.spec.tied)
         if shard.grad_bias_S is not None:
             self._put_bias_grad(shard.grad_bias_S)
 
@@ -184,7 +184,7 @@ class StudentHead:
         grad_V = grad_bias_S.new_zeros(self.spec.num_rows)
         grad_V[self.ids_S.to(grad_V.device)[live]] = grad_bias_S[live]
         sum_over_world(grad_V)
-        zero.put_local_grad(self.spec.bias, zero.piece_of(grad_V, self.spec.bias), accumulate=False)
+        partitions.put_local_grad(self.spec.bias, partitions.piece_of(grad_V, self.spec.bias), accumulate=False)
 
 
 def masked_columns(ids_S: torch.Tensor, shared_vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -205,9 +205,9 @@ def build_teacher_head(head: HeadSpec, ids_S: torch.Tensor, shared_vocab_size: i
 
     Moves the teacher's head once, a piece at a time, where it is partitioned; nothing where it is replicated.
     """
-    weight_SH = zero.fetch_rows(head.weight, ids_S)
+    weight_SH = partitions.fetch_rows(head.weight, ids_S)
     if weight_SH.device.type == "cpu":
         weight_SH = weight_SH.float()
-    bias_S = None if head.bias is None else select_rows(zero.full_value(head.bias).float(), ids_S)
+    bias_S = None if head.bias is None else select_rows(partitions.full_value(head.bias).float(), ids_S)
     columns = masked_columns(ids_S, shared_vocab_size, weight_SH.device)
     return HeadShard(weight_SH, bias_S, columns, head.scale, head.softcap)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from engine.distributed import VocabGroups, all_gather_rows
+from engine.cluster.collectives import VocabGroups, all_gather_rows
 from engine.loss import kernels
 from engine.loss.divergence import DivergenceSpec
 from engine.loss.head import HeadShard

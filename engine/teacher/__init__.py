@@ -13,13 +13,13 @@ import deepspeed
 import torch
 from torch import nn
 
-from engine import zero
-from engine.backbone import HiddenStates, check_packing, compute_dtype, load_causal_lm
 from engine.config import GKDConfig
-from engine.settings import fill_bucket_sizes, teacher_settings
+from engine.models.backbone import HiddenStates, check_packing, compute_dtype, load_causal_lm
 from engine.teacher.interface import Teacher
 from engine.teacher.offload import AlternatingTeacher
 from engine.teacher.tensor_parallel import TensorParallelTeacher, build_group
+from engine.zero import partitions
+from engine.zero.settings import fill_bucket_sizes, teacher_settings
 
 __all__ = ["AlternatingTeacher", "Teacher", "build_teacher"]
 
@@ -51,7 +51,7 @@ def _place(config: GKDConfig, model: nn.Module, device: torch.device, settings: 
     if config.teacher_placement == "replicated":
         return Teacher(model.to(device), HiddenStates(model))
     assert settings is not None  # `zero3`
-    zero.moe_leaf_modules(model)
+    partitions.moe_leaf_modules(model)
     fill_bucket_sizes(settings, model.config.get_text_config().hidden_size)
     runner, *_ = deepspeed.initialize(model=HiddenStates(model), config=settings)
     runner.eval()

@@ -9,11 +9,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from engine import zero
-from engine.backbone import hidden_states
-from engine.batch import PackedBatch
+from engine.data.batch import PackedBatch
 from engine.loss.head import HeadSpec
-from engine.structure import describe_head
+from engine.models.backbone import hidden_states
+from engine.models.structure import describe_head
+from engine.zero import partitions
 
 
 class Teacher:
@@ -43,7 +43,7 @@ class Teacher:
     def gathered(self) -> Iterator[nn.Module]:
         """The whole model on every rank, to generate with. All ranks must call where partitioned."""
         if isinstance(self.runner, deepspeed.DeepSpeedEngine):
-            with zero.gathered_for_generation(self.runner):
+            with partitions.gathered_for_generation(self.runner):
                 yield self.model
         else:
             yield self.model

@@ -9,10 +9,10 @@ import deepspeed
 import torch
 from torch import nn
 
-from engine import zero
-from engine.backbone import HiddenStates
-from engine.batch import PackedBatch
+from engine.data.batch import PackedBatch
+from engine.models.backbone import HiddenStates
 from engine.teacher.interface import Teacher
+from engine.zero import partitions
 
 
 class AlternatingTeacher(Teacher):
@@ -29,14 +29,14 @@ class AlternatingTeacher(Teacher):
     @contextmanager
     def _turn(self) -> Iterator[None]:
         if self.student_engine is not None:
-            zero.offload_optimizer(self.student_engine)
+            partitions.offload_optimizer(self.student_engine)
         self.model.to(self._device)
         try:
             yield
         finally:
             self.model.to("cpu")
             if self.student_engine is not None:
-                zero.reload_optimizer(self.student_engine)
+                partitions.reload_optimizer(self.student_engine)
 
     def score(self, batches: list[PackedBatch]) -> Iterator[torch.Tensor]:
         with self._turn():

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.backbone import packed_inputs
-from engine.batch import PackedBatch
-from engine.distributed import all_gather_rows
-from engine.structure import position_rows, text_backbone
+from engine.cluster.collectives import all_gather_rows
+from engine.data.batch import PackedBatch
+from engine.models.backbone import packed_inputs
+from engine.models.structure import position_rows, text_backbone
 from engine.teacher.interface import Teacher
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import check, hosts
+from engine import check
+from engine.cluster import hosts
 from engine.config import GKDConfig
 
 
@@ -106,13 +107,13 @@ def test_a_disk_without_room_for_a_checkpoint_is_named(ranks, tmp_path):
 
 
 def bounded_groups() -> set[float]:
-    from engine import zero
+    from engine.zero import partitions
 
     dist.new_group([0, 1])
-    zero.bound_waits(7)
+    partitions.bound_waits(7)
     backends = [g._get_backend(torch.device("cpu")) for g in dist.distributed_c10d._world.pg_map]
     seconds = {backend.options._timeout.total_seconds() for backend in backends}
-    zero.bound_waits(120)
+    partitions.bound_waits(120)
     return seconds
 
 

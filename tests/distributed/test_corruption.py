@@ -54,12 +54,12 @@ def lose_manifest(path: Path) -> str:
 
 def find(output_dir: str, wanted: str) -> tuple[str | None, str, str]:
     """The checkpoint that is found, the error, and what was logged."""
-    from engine.checkpoint import Checkpoints
+    from engine.checkpoint.checkpoint import Checkpoints
 
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger("engine.checkpoint")
+    logger = logging.getLogger("engine.checkpoint.checkpoint")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     found, error = None, ""
@@ -101,7 +101,7 @@ def test_latest_that_names_nothing(ranks, finished, tmp_path):
 
 
 def test_nothing_good_is_nothing_found(ranks, finished, tmp_path):
-    """Whether a fresh start may follow, the run folder says: see tests/unit/test_runfolder.py."""
+    """Whether a fresh start may follow, the run folder says: see tests/unit/checkpoint/test_run_folder.py."""
     shutil.copytree(finished, tmp_path / "run")
     for step in (1, 2, 3):
         flip(tmp_path / "run" / "checkpoints" / f"step_{step}")

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import GKDConfig, GKDTrainer, zero
+from engine import GKDConfig, GKDTrainer
+from engine.zero import partitions
 from tests.distributed.test_faults import train_spoilt
+from tests.library.paths import ROOT
 from tests.models import write_run_inputs
 
 DEADLINE_S = 600  # for the slow ones
-FILES = Path(__file__).parents[1] / "deepspeed_files"
+FILES = ROOT / "tests/deepspeed_files"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,9 @@ def take_steps(fields: dict) -> dict:
     """Train, and say how the weights moved: their names, by the largest change of one."""
     trainer = GKDTrainer(args=GKDConfig(**fields))
     engine = trainer.run.student.engine
-    before = {name: zero.full_value(p) for name, p in engine.module.named_parameters()}
+    before = {name: partitions.full_value(p) for name, p in engine.module.named_parameters()}
     trainer.train()
-    after = {name: zero.full_value(p) for name, p in engine.module.named_parameters()}
+    after = {name: partitions.full_value(p) for name, p in engine.module.named_parameters()}
     moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
     optimizer = type(engine.optimizer.optimizer).__name__
     engine.destroy()

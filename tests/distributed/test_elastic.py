@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from engine import GKDConfig, GKDTrainer
-from engine.settings import DEFAULT_DEEPSPEED
+from engine.zero.settings import DEFAULT_DEEPSPEED
 from tests.distributed.test_training import metrics_of, samples_of, train, weights_of
 from tests.models import write_run_inputs
 
@@ -134,9 +134,9 @@ def convert_on_full_disk(folder: str, work: str) -> str:
     from types import SimpleNamespace
     from unittest import mock
 
-    from engine.elastic import universal_copy, zero_layout
+    from engine.checkpoint.elastic import universal_copy, zero_layout
+    from engine.checkpoint.manifest import read_manifest
     from engine.errors import CheckpointError
-    from engine.manifest import read_manifest
 
     path = Path(folder) / "checkpoints" / "step_3"
     full = mock.patch("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -153,7 +153,7 @@ def test_nvme_states_are_refused(ranks, whole):
 def convert_from_nvme(folder: str) -> str:
     from pathlib import Path
 
-    from engine.elastic import universal_copy, zero_layout
+    from engine.checkpoint.elastic import universal_copy, zero_layout
 
     path = Path(folder) / "checkpoints" / "step_3"
     manifest = json.loads((path / "manifest.json").read_text())

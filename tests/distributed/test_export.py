@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import GKDConfig, GKDTrainer, export
+from engine import GKDConfig, GKDTrainer
 from engine.cli import main
+from engine.models import export
 from tests.distributed.test_training import train
+from tests.library.paths import ROOT
 from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def save_larger(output_dir: str) -> None:
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from engine import export
+from engine.models import export
 
 def own_bytes():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -14,7 +14,7 @@ import pytest
 
 from engine import GKDConfig, GKDTrainer
 from engine.errors import CheckpointError
-from engine.export import export_checkpoint
+from engine.models.export import export_checkpoint
 from tests.distributed.test_training import metrics_of, train, weights_of
 from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
 
@@ -45,7 +45,7 @@ def checkpoints_in(folder: Path) -> list[int]:
 
 def refused(fields: dict) -> str:
     """What a start says that must not come to a model."""
-    with mock.patch("engine.student.load_causal_lm", side_effect=AssertionError("a model loads")):
+    with mock.patch("engine.models.student.load_causal_lm", side_effect=AssertionError("a model loads")):
         with pytest.raises(ValueError) as error:
             GKDTrainer(args=GKDConfig(**fields))
     return str(error.value)
@@ -128,7 +128,7 @@ def test_a_finished_run_goes_on_with_more_steps(ranks, inputs, tmp_path):
 
 def fill_disk_at_export(fields: dict) -> str:
     """Train; from the export on, no file of more than 8 kB can be written."""
-    from engine import export
+    from engine.models import export
 
     write = export.write_model_folder
 

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file
 
 from engine import GKDConfig, GKDTrainer
-from engine.export import export_checkpoint
+from engine.models.export import export_checkpoint
 from tests.distributed.test_training import assert_same_run, metrics_of, train
 from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
-from tests.unit.test_heads import MULTIMODAL
+from tests.unit.models.test_heads import MULTIMODAL
 
 FAMILIES = ("gemma3", "qwen2_5_vl", "llama4")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import zero
-from engine.decoder import Decoder, Request, Sampling
-from engine.distributed import all_gather_lists
+from engine.cluster.collectives import all_gather_lists
 from engine.loss.divergence import DivergenceSpec
-from engine.rollout import deal, describe
+from engine.rollout.decoder import Decoder, Request, Sampling
+from engine.rollout.rollout import deal, describe
+from engine.zero import partitions
 from tests.distributed.test_vocab_parallel import Case, build, train_step
 
 SPEC = DivergenceSpec("jsd", beta=0.3)
@@ -25,7 +25,7 @@ def weights_after(disturb, num_steps: int = 3) -> torch.Tensor:
         disturb(student)
         train_step(case, parts, SPEC)
         student.engine.step()
-    pieces = torch.cat([zero.local_piece(p).flatten() for p in student.model.parameters()])
+    pieces = torch.cat([partitions.local_piece(p).flatten() for p in student.model.parameters()])
     student.engine.destroy()
     return pieces
 
@@ -37,14 +37,14 @@ def generate(student) -> None:
         decoder = Decoder(model, Sampling((), 1001, 64, longest), max_rows=4)
         completions = decoder.decode([Request([1, 2, 3 + i], [i]) for i in range(6)])
         assert {len(c[0].token_ids) for c in completions} == {longest}
-        assert zero.count_gathered(model) > 0
-    assert zero.count_gathered(student.model) == 0
+        assert partitions.count_gathered(model) > 0
+    assert partitions.count_gathered(student.model) == 0
 
 
 def generate_and_fail(student) -> None:
     with pytest.raises(RuntimeError, match="on purpose"), student.gathered():
         raise RuntimeError("on purpose")
-    assert zero.count_gathered(student.model) == 0
+    assert partitions.count_gathered(student.model) == 0
 
 
 def check_no_trace() -> list[bool]:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from engine import GKDConfig
 from engine.bench.measure import _reset_peak, _status_bytes
 from engine.bench.rollout import Size, bench, build_model
-from engine.decoder import Decoder, Request, Sampling
-from engine.distributed import build_vocab_groups
-from engine.rollout import parameter_bytes
-from engine.student import build_student
+from engine.cluster.collectives import build_vocab_groups
+from engine.models.student import build_student
+from engine.rollout.decoder import Decoder, Request, Sampling
+from engine.rollout.rollout import parameter_bytes
 from tests.ranks import Ranks
 
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64

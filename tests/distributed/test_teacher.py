@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig
 
-from engine import GKDConfig, zero
-from engine.backbone import load_causal_lm
-from engine.batch import pack
+from engine import GKDConfig
 from engine.bench.measure import _reset_peak, _status_bytes
-from engine.settings import teacher_settings
+from engine.data.batch import pack
+from engine.models.backbone import load_causal_lm
 from engine.teacher import build_teacher
+from engine.zero import partitions
+from engine.zero.settings import teacher_settings
 from tests.distributed.test_vocab_parallel import samples_of
 from tests.models import build, tiny_llama
 from tests.ranks import Ranks
@@ -68,7 +69,7 @@ def check_pieces(folder: str, dtype_bf16: bool) -> list[str]:
     )
     wrong = []
     for name, param in model.named_parameters():
-        if not torch.equal(zero.full_value(param), plain[name]):
+        if not torch.equal(partitions.full_value(param), plain[name]):
             wrong.append(name)
     return wrong if len(plain) == len(list(model.parameters())) else ["count"]
 

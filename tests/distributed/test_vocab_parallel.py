@@ -11,19 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.batch import Sample, pack
+from engine.cluster.collectives import build_vocab_groups, gather_counts
 from engine.config import GKDConfig
-from engine.distributed import build_vocab_groups, gather_counts
+from engine.data.batch import Sample, pack
 from engine.loss import vocab_parallel
 from engine.loss.divergence import DivergenceSpec, dense_divergence
 from engine.loss.head import build_teacher_head
 from engine.loss.projection import project
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
-from engine.student import build_student
+from engine.models.student import build_student
 from engine.teacher import build_teacher
 from tests import models
 from tests.models import tiny_llama
-from tests.unit.test_heads import CONFIGS
+from tests.unit.models.test_heads import CONFIGS
 
 SPECS = [DivergenceSpec("jsd", beta=b, temperature=t) for b in (0.0, 0.1, 0.5, 0.9, 1.0) for t in (0.7, 1.0, 2.0)] + [
     DivergenceSpec("skew_forward_kl", alpha=0.1),

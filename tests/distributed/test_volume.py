@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import GKDConfig, volume
-from engine.batch import Sample, pack
+from engine import GKDConfig
 from engine.bench.loopback import why_not_private
 from engine.bench.loss import Size, bench
 from engine.bench.measure import loopback_bytes
+from engine.data.batch import Sample, pack
+from engine.plan import volume
 from engine.teacher import build_teacher
 from tests.distributed.test_vocab_parallel import Case, build
 from tests.models import tiny_llama

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from engine import GKDConfig
-from engine.backbone import download_model, load_causal_lm
-from engine.export import export_checkpoint
-from engine.settings import teacher_settings
-from engine.weights import persistent_buffers
+from engine.models.backbone import download_model, load_causal_lm
+from engine.models.export import export_checkpoint
+from engine.models.weights import persistent_buffers
+from engine.zero.settings import teacher_settings
 from tests.distributed.test_training import train
 from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
-from tests.unit.test_heads import CONFIGS
+from tests.unit.models.test_heads import CONFIGS
 
 
 def as_bin(folder: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.backbone import count_parameters
 from engine.check import CHECKPOINT_BYTES
 from engine.config import GKDConfig
+from engine.models.backbone import count_parameters
 from tests.integration.launch import launcher, run
 from tests.models import write_run_inputs
 

@@ -38,8 +38,9 @@ def recipe(tmp_path_factory) -> Path:
 
 def die_in_save(point: str | None, number: int, starts: str) -> None:
     """Note where this process starts, and kill it when its save `number` gets to `point`."""
-    from engine import checkpoint, zero
+    from engine.checkpoint import checkpoint
     from engine.trainer import GKDTrainer
+    from engine.zero import partitions
 
     saves = [0]
 
@@ -54,8 +55,8 @@ def die_in_save(point: str | None, number: int, starts: str) -> None:
 
         setattr(owner, name, wrapped)
 
-    killing(zero, "save_checkpoint", "prepare")
-    killing(zero, "save_checkpoint", "rank_file", after=True)
+    killing(partitions, "save_checkpoint", "prepare")
+    killing(partitions, "save_checkpoint", "rank_file", after=True)
     killing(checkpoint, "flushed_digests", "digests", after=True)
     killing(checkpoint, "publish", "manifest")  # which is written, but the folder is still hidden
     killing(checkpoint, "publish", "rename", after=True)  # the folder has its name, `latest` still the old text

@@ -162,7 +162,7 @@ def test_a_signal_to_the_whole_job_under_the_deepspeed_launcher(recipe, tmp_path
 
 def test_a_second_signal_ends_a_hanging_rank_at_once(recipe, tmp_path):
     """Rank 1 is frozen, so that rank 0 hangs in a collective, where Python's own signal handlers never run."""
-    from engine.signals import REPEAT_S
+    from engine.cluster.signals import REPEAT_S
 
     run = start(recipe, tmp_path)
     assert run.wait_until(lambda: steps_in(tmp_path) >= 1), run.text()

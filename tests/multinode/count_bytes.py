@@ -12,8 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from engine import GKDConfig, GKDTrainer, volume
+from engine import GKDConfig, GKDTrainer
 from engine.bench.measure import received_bytes
+from engine.plan import volume
 from tests.multinode.network import INTERFACE
 
 WARM_STEPS = 2  # the first opens connections and records the order in which parameters are used

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.library.paths import ROOT
+
 HOSTS = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 INTERFACE = "lan0"
 SYSTEM_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"

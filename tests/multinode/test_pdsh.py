@@ -191,7 +191,7 @@ def wide_recipe(tmp_path_factory) -> Path:
 
 
 def test_bytes_between_hosts_match_the_formulas(network, wide_recipe):
-    """Interface counters against engine/volume.py, for vocab_parallel_size = node and = world: those of the loss,
+    """Interface counters against engine/plan/volume.py, for vocab_parallel_size = node and = world: those of the loss,
     and those of the whole step, within 15%."""
     recipes = []
     for group_size in (2, 4):

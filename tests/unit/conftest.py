@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from engine.distributed import VocabGroups
+from engine.cluster.collectives import VocabGroups
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import json
 from datasets import Dataset
 
 from engine.check import differences, merge_problems
-from engine.hosts import by_host
-from engine.sources import JsonLines, fingerprint
+from engine.cluster.hosts import by_host
+from engine.data.sources import JsonLines, fingerprint
 
 WHERE = ["n1", "n1", "n2", "n2"]
 

@@ -14,9 +14,8 @@ import pytest
 
 from engine.cli import field_table, main, parse_overrides, read_config
 from engine.config import GKDConfig, config_from_dict
-from engine.settings import resolve_deepspeed, teacher_settings
-
-ROOT = Path(__file__).parents[2]
+from engine.zero.settings import resolve_deepspeed, teacher_settings
+from tests.library.paths import ROOT
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
-from engine.settings import resolve_deepspeed, teacher_settings
+from engine.zero.settings import resolve_deepspeed, teacher_settings
+from tests.library.paths import ROOT
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 COMMANDS = [LAUNCH / name for name in ("local.sh", "multinode.sh", "mpi.sh")]
 RANKS = {"quickstart": 2, "qwen3-0.6b-from-8b": 8, "qwen3-1.7b-from-32b": 16, "qwen3-8b-from-235b-a22b": 128}

@@ -13,7 +13,13 @@ import pytest
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
-from engine.settings import DEFAULT_DEEPSPEED, DEFAULT_TEACHER, fill_bucket_sizes, resolve_deepspeed, teacher_settings
+from engine.zero.settings import (
+    DEFAULT_DEEPSPEED,
+    DEFAULT_TEACHER,
+    fill_bucket_sizes,
+    resolve_deepspeed,
+    teacher_settings,
+)
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -29,43 +35,26 @@ ALLOWED_PATHS = (
     "/local_nvme", "/path/to",  # stand-ins that the reader replaces
 )  # fmt: skip
 
-# Modules of engine/ by level. A module may import its own level and lower ones. A folder stands for all in it.
-LEVELS = {
-    0: {"config", "values", "paths", "settings", "deepspeed_json", "errors"},
-    1: {
-        "volume",
-        "distributed",
-        "hosts",
-        "logs",
-        "batch",
-        "order",
-        "rows",
-        "messages",
-        "sources",
-        "tokenizer",
-        "vocabulary",
-    },
-    2: {"signals", "manifest", "timing", "progress", "kv_cache", "marks", "runfolder", "changes", "parts", "weights"},
-    3: {
-        "structure",
-        "loss",
-        "zero",
-        "tracking",
-        "template",
-        "completeness",
-        "turns",
-        "chat",
-        "shards",
-        "elastic",
-        "weights",
-    },
-    4: {"backbone"},
-    5: {"data", "encoding", "selection", "tally", "startup", "student", "teacher", "decoder", "objective"},
-    6: {"rollout", "checkpoint", "check", "export", "evaluation", "faults", "performance"},
-    7: {"trainer", "assembly"},
-    8: {"cli", "__main__", "bench", "__init__"},
-}
-LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
+# The rooms of engine/, each line above those that it may import; a file at the top of engine/ is a room of its own.
+ROOMS = (
+    {"values", "paths", "errors"},
+    {"config"},
+    {"zero"},
+    {"cluster", "plan"},
+    {"data"},
+    {"loss"},
+    {"checkpoint"},
+    {"models"},
+    {"tracking"},
+    {"teacher", "rollout"},
+    {"evaluation", "check"},
+    {"assembly"},
+    {"trainer"},
+    {"__init__", "bench"},
+    {"cli"},
+    {"__main__"},
+)
+LEVEL_OF = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 
 in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is tracked is known in a git checkout alone")
@@ -133,21 +122,47 @@ def test_ci_runs_the_suite_in_a_clone_that_stands_alone(tmp_path):
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_lower_levels_never_import_higher_ones(path):
-    module = engine_module(path)
-    assert module in LEVEL_OF, f"engine/{module} has no level: add it to LEVELS, and to section 8 of the design"
-    for target in imported_modules(path) & set(LEVEL_OF):  # one without a level fails above, for its own file
-        assert LEVEL_OF[target] <= LEVEL_OF[module], f"{path.name} (level {LEVEL_OF[module]}) imports engine.{target}"
+FILES = sorted((ROOT / "engine").rglob("*.py"))
 
 
-def engine_module(path: Path) -> str:
-    """The room that a file belongs to: `engine/loss/head.py` is in `loss`."""
-    return path.relative_to(ROOT / "engine").with_suffix("").parts[0]
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_downward_only(path):
+    room = module_of(path).split(".")[0]
+    assert room in LEVEL_OF, f"engine/{room} is no room: add it to ROOMS"
+    for target in {module.split(".")[0] for module in imported_modules(path)} - {room}:
+        assert LEVEL_OF[target] < LEVEL_OF[room], f"{path} (level {LEVEL_OF[room]}) imports engine.{target}"
+
+
+@pytest.mark.parametrize("room", sorted({path.parent.name for path in FILES} - {"engine"}))
+def test_inside_a_room_no_import_runs_in_a_circle(room):
+    files = {module_of(path): path for path in FILES if path.parent.name == room}
+    imports = {name: imported_modules(path) & files.keys() - {name} for name, path in files.items()}
+    while imports:
+        free = [name for name, targets in imports.items() if not targets & imports.keys()]
+        assert free, f"these import each other: {sorted(imports)}"
+        for name in free:
+            del imports[name]
+
+
+@pytest.mark.parametrize("room", sorted({path.parent.name for path in FILES} - {"engine"}))
+def test_a_room_says_what_it_is_for(room):
+    text = ast.get_docstring(ast.parse((ROOT / "engine" / room / "__init__.py").read_text()))
+    assert text is not None and len(text) > 40
+
+
+def test_zeros_door_opens_nothing():
+    tree = ast.parse((ROOT / "engine" / "zero" / "__init__.py").read_text())
+    assert [type(node) for node in tree.body] == [ast.Expr]  # its docstring
+
+
+def module_of(path: Path) -> str:
+    """`loss.head` of engine/loss/head.py, `loss` of its __init__.py."""
+    parts = path.relative_to(ROOT / "engine").with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 def imported_modules(path: Path) -> set[str]:
-    """The rooms of engine/ that a file imports, at its top or inside a function."""
+    """The modules of engine/ that a file imports, at its top or inside a function, as `module_of` names them."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -155,13 +170,13 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: import from `engine`, not relatively"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-    inside = [name.split(".")[1:] for name in names if name.split(".")[0] == "engine"]
-    # `from engine import GKDConfig` names no file: it imports engine/__init__.py.
-    return {parts[0] if parts and is_room(parts[0]) else "__init__" for parts in inside}
-
-
-def is_room(name: str) -> bool:
-    return (ROOT / "engine" / name).is_dir() or (ROOT / "engine" / f"{name}.py").is_file()
+    known = {module_of(file) for file in FILES}
+    found = set()
+    for parts in (name.split(".")[1:] for name in names if name.split(".")[0] == "engine"):
+        # `from engine import GKDConfig` names no file: it imports engine/__init__.py
+        prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        found.add(next((prefix for prefix in prefixes if prefix in known), "__init__"))
+    return found
 
 
 def test_config_imports_without_torch():

@@ -1,0 +1,78 @@
+"""What a resumed run does otherwise than the run of its checkpoint: which fields and rows differ, and what counts.
+
+Knows configurations and the records of a manifest; no files, no ranks. A field that no set below names takes its new
+value and is named. Fields of another version of the engine, which only one of the two knows, are passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.config import GKDConfig
+from engine.zero.settings import read_deepspeed
+
+# Where a run lies, what it shows, how it is spread over devices: they change no result beyond rounding. The rows
+# themselves are compared, not their names; the global batch has its own check (engine/checkpoint/elastic.py).
+WITHOUT_A_WORD = frozenset(
+    """output_dir overwrite_output_dir run_name report_to wandb_project wandb_entity wandb_group wandb_tags wandb_mode
+    logging_steps log_completions_steps eval_steps eval_on_start eval_max_samples save_steps save_minutes
+    save_total_limit save_on_error max_minutes resume_from_checkpoint allow_data_change timeout_s prepare_timeout_s
+    dataset_name dataset_config dataset_train_split dataset_test_split trust_remote_code attn_implementation
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps global_batch_size
+    gradient_checkpointing generation_rows generation_placement vocab_parallel_size loss_chunk_bytes compile_loss
+    teacher_placement teacher_tp_size teacher_deepspeed teacher_offload deepspeed""".split()
+)
+ORDER_OF_ROWS = frozenset({"seed", "max_samples", "dataset_streaming"})
+OF_THE_CHECKPOINT = frozenset({"model_name_or_path"})
+REMEDY = "Take back what was, or --allow_data_change begins the data anew"
+
+
+@dataclasses.dataclass
+class Changes:
+    """Sentences: what is done otherwise from here on, and what puts the position in the data out of joint."""
+
+    said: list[str]
+    order: list[str]
+
+
+def compare_fields(saved: Mapping[str, Any], config: GKDConfig) -> Changes:
+    """`saved` is the configuration in a manifest, which has been through JSON."""
+    changes = Changes([], [])
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    for name in sorted(now.keys() & saved.keys() - WITHOUT_A_WORD):
+        if saved[name] == now[name]:
+            continue
+        text = f"{name}={saved[name]!r} in the checkpoint, {now[name]!r} now"
+        if name in ORDER_OF_ROWS:
+            changes.order.append(f"{text}: the order of rows follows from it. {REMEDY}")
+        elif name in OF_THE_CHECKPOINT:
+            changes.said.append(f"{text}: the weights are the checkpoint's")
+        else:
+            changes.said.append(f"{text}: the new value counts")
+    return changes
+
+
+def compare_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """Both have, under `train` and `eval`, split, digest and number of usable rows (None for a stream, of which
+    the digest may cover the first rows alone)."""
+    changes = Changes([], [])
+    for use in ("train", "eval"):
+        before, after = saved.get(use), now.get(use)
+        if before is None or after is None or (before["digest"], before["rows"]) == (after["digest"], after["rows"]):
+            continue
+        then, here = (f"{part['rows']} usable rows" if part["rows"] else "a stream" for part in (before, after))
+        text = f"the rows of split {after['split']!r} are not those of the checkpoint ({then} then, {here} now)"
+        if use == "train":
+            changes.order.append(f"{text}: its position means nothing in them. {REMEDY}")
+        else:
+            changes.said.append(f"{text}: its evaluations do not compare with earlier ones")
+    return changes
+
+
+def optimizer_name(config: GKDConfig) -> str:
+    """The optimizer whose moments a checkpoint holds."""
+    block = read_deepspeed(config.deepspeed).get("optimizer") or {}
+    return block.get("type", "torch.optim.AdamW")

@@ -1,0 +1,64 @@
+"""Start-up: how this process becomes a rank, whatever started it. Collective from the first line on; no model here."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from engine.cluster import hosts
+from engine.zero import partitions
+
+
+def init_distributed(timeout_s: int) -> torch.device:
+    """Join the process group and return this rank's device. Plain `python` becomes a world of one.
+
+    `deepspeed`, `torchrun` and Slurm's or MPI's wrappers set the variables; without them DeepSpeed would go looking
+    for MPI.
+    """
+    if "RANK" not in os.environ:
+        started = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+        if started > 1:
+            raise ValueError(
+                f"srun or mpirun started {started} processes and none knows its rank: put launch/rank.sh before "
+                "`python -m engine`, as launch/slurm.sbatch and launch/mpi.sh do"
+            )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    if get_accelerator().device_name() == "cpu":
+        partitions.skip_shared_memory_build()
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores with each other's threads crawl
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // hosts.ranks_per_node()))
+    partitions.set_default_timeout(timeout_s)
+    local_rank = hosts.local_rank()
+    get_accelerator().set_device(local_rank)
+    if not dist.is_initialized():
+        backend = get_accelerator().communication_backend_name()
+        join_world(backend if backend != "ccl" else "gloo", timeout_s)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timedelta(seconds=timeout_s), verbose=False)
+    hosts.introduce()
+    return torch.device(
+        get_accelerator().device_name(local_rank) if get_accelerator().device_name() != "cpu" else "cpu"
+    )
+
+
+def join_world(backend: str, timeout_s: int) -> None:
+    """Start torch's process group over the store at which all ranks have met. All ranks must call.
+
+    Raises:
+        ConnectionError: where ranks stay away or cannot connect; the text names ranks and hosts.
+    """
+    store = hosts.meet(backend, timeout_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )

@@ -1,0 +1,135 @@
+"""From rows to the samples of a step.
+
+The order is stateless: position k of the run is row `permutation(seed, k // n)[k % n]`, so a run resumes from its
+position, and the same rows meet in a step at any world size and accumulation split. Where some rows have no answer,
+steps on the dataset follow a second order, over the rows with one, and a run has two positions. Knows ranks only as
+numbers. No collectives.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from engine.config import GKDConfig
+from engine.data.batch import Sample
+from engine.data.encoding import RowEncoder
+from engine.data.rows import COLUMNS
+from engine.data.selection import MapRows, StreamRows
+from engine.data.sources import as_source, keep_columns, load_rows
+from engine.data.tally import RowRules
+from engine.data.template import TemplateInput
+
+
+def build_rows(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GKDConfig,
+    split: str,
+    rank: int = 0,
+    now: datetime | None = None,
+    num_embeddings: int = sys.maxsize,
+) -> MapRows | StreamRows:
+    """The checked rows of `data` (a dataset object, or None for `config.dataset_name`), before any model loads.
+
+    For the training split, `dataset_streaming` and `max_samples` apply and answers are required unless every step
+    can do without; for another, `eval_max_samples`. `now` is what a chat template takes for today.
+
+    Raises:
+        ValueError: as `load_rows`, `RowEncoder` and `MapRows`, and for a stream that is not the training split.
+    """
+    is_train = split == config.dataset_train_split
+    if data is None:
+        name = f"{config.dataset_name}, split {split}"
+        source = load_rows(config, split)
+    else:
+        name = "train_dataset" if is_train else "eval_dataset"
+        source = as_source(data, split, name)
+    is_stream = isinstance(source, IterableDataset) or (is_train and config.dataset_streaming)
+    if is_stream and not is_train:
+        raise ValueError(f"{name}: evaluation needs rows with a length, not a stream")
+    if is_stream and config.max_steps < 0:
+        raise ValueError(f"{name}: a stream has no length, so set max_steps")
+    template = TemplateInput(kwargs=config.chat_template_kwargs, now=now)
+    encoder = RowEncoder(tokenizer, config.max_length, template, num_embeddings)
+    rules = RowRules(
+        limit=config.max_samples if is_train else config.eval_max_samples,
+        answers=needed_answers(config) if is_train else "optional",
+        on_bad_row=config.on_bad_row,
+        num_proc=config.dataset_num_proc,
+    )
+    return (StreamRows if is_stream else MapRows)(keep_columns(source, COLUMNS), encoder, name, rules, rank)
+
+
+def needed_answers(config: GKDConfig) -> str:
+    """Which rows need an answer, as in `RowRules`: steps on the dataset do, on-policy steps do not."""
+    if config.seq_kd or config.lmbda == 1:
+        return "optional"
+    return "some" if config.lmbda > 0 else "all"
+
+
+class StepData:
+    """The samples that a rank trains on at a step: a pure function of (seed, number of the global batch, place in it).
+
+    A global batch has A*W*B rows (accumulation, world, per device). Row i goes to micro-batch `i // (W*B)` of rank
+    `(i % (W*B)) // B`, as a sample whose `index` is i.
+    """
+
+    def __init__(
+        self, rows: MapRows | StreamRows, config: GKDConfig, world_size: int, rank: int, shuffle: bool = True
+    ) -> None:
+        self._rows, self._seed, self._shuffle = rows, config.seed, shuffle
+        self._batch, self._world_size, self._rank = config.per_device_train_batch_size, world_size, rank
+        self._accumulation = config.accumulation_steps(world_size)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step over all ranks."""
+        return self._accumulation * self._world_size * self._batch
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch, dropped ones not counted; ValueError for a stream."""
+        if isinstance(self._rows, StreamRows):
+            raise ValueError("a stream has no length: set max_steps")
+        return len(self._rows)
+
+    def steps_per_epoch(self, global_batch: int) -> float:
+        """Optimizer steps of one epoch, with their fraction: epochs follow each other within a batch."""
+        return self.num_rows / global_batch
+
+    def lacks_answers(self, number: int) -> bool:
+        """Whether global batch `number` of the order over all rows is not for a step on the dataset, which takes the
+        next one of the order over rows with an answer instead. The same on every rank."""
+        return self._rows.lacks_answers(number * self.global_batch, self.global_batch, self._seed, self._shuffle)
+
+    def step_batches(self, number: int, answered: bool = False) -> list[list[Sample]]:
+        """This rank's micro-batches of global batch `number` (from 0): accumulation lists of B samples.
+
+        With `answered`, the batches are those of the order over rows with an answer.
+        """
+        first, count = number * self.global_batch, self.global_batch
+        sample = self._rows.sampler(first, count, self._seed, self._shuffle, answered)
+        batches = []
+        for micro in range(self._accumulation):
+            start = (micro * self._world_size + self._rank) * self._batch
+            batches.append([sample(i) for i in range(start, start + self._batch)])
+        return batches
+
+
+def eval_batches(rows: MapRows, rank: int, world_size: int, batch_size: int) -> list[list[Sample]]:
+    """This rank's share of all rows, each used once over all ranks, in batches of at most `batch_size`.
+
+    Every rank gets the same number of batches; the last may be shorter, or empty. A sample's `index` is its row's
+    number in the source.
+    """
+    num_batches = -(-len(rows) // (world_size * batch_size))
+    batches = []
+    for number in range(num_batches):
+        start = (number * world_size + rank) * batch_size
+        batches.append([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+    return batches

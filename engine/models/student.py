@@ -1,0 +1,159 @@
+"""The student under ZeRO-3: engine, optimizer, schedule, head. The trainer sees hidden states and steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from engine.cluster.collectives import VocabGroups
+from engine.config import GKDConfig
+from engine.data.batch import PackedBatch
+from engine.loss.head import HeadShard, StudentHead
+from engine.models.backbone import (
+    HiddenStates,
+    check_packing,
+    compute_dtype,
+    hidden_states,
+    load_causal_lm,
+    switch_dropout_off,
+)
+from engine.models.structure import describe_head, freeze_unused
+from engine.zero import partitions
+from engine.zero.settings import resolve_deepspeed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Student:
+    """A ZeRO-3 engine around the student, and its head as row blocks. All ranks must call every method."""
+
+    model: nn.Module
+    engine: deepspeed.DeepSpeedEngine
+    head: StudentHead
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states that predict the response tokens, [N, H]."""
+        return hidden_states(self.engine, batch)
+
+    def open_step(self, train: bool) -> HeadShard:
+        """Switch the mode and collect this rank's head rows as the weights stand."""
+        self.engine.train(train)
+        return self.head.open_step(train)
+
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """Back-propagate one micro-batch. `loss` is this rank's part of the step's loss, a sum with the global
+        normalisation already in its weights; ZeRO averages over ranks, hence the factor."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss * self.head.groups.world_size, scale_wrt_gas=False)
+
+    def step(self, is_finite: bool) -> bool:
+        """Put the head's gradient into ZeRO's partition, clip, update the weights and the learning rate.
+
+        Returns whether that was done: weights, optimizer and schedule stay as they are where the loss is not finite,
+        as the caller says, or the gradient, as its norm tells. The same on every rank.
+        """
+        self.head.close_step()
+        if not is_finite:
+            partitions.void_gradients(self.engine)
+        self.engine.step()
+        return self.engine.was_step_applied()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return float(self.engine.get_global_grad_norm())
+
+    @property
+    def learning_rate(self) -> float:
+        return self.engine.get_lr()[0]
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The whole model on every rank, in evaluation mode, to generate with."""
+        self.engine.eval()
+        with partitions.gathered_for_generation(self.engine):
+            yield self.model
+
+
+def build_student(
+    config: GKDConfig, model: nn.Module | None, groups: VocabGroups, shared_vocab_size: int, num_steps: int
+) -> Student:
+    """Partition the student (a model object, or `model_name_or_path` while it loads) and attach its optimizer.
+
+    All ranks must call.
+    """
+    settings = resolve_deepspeed(config, groups.world_size)
+    if model is None:
+        assert config.model_name_or_path is not None  # `assemble` has read its configuration
+        model = load_causal_lm(config.model_name_or_path, config, settings)
+    settings = resolve_deepspeed(config, groups.world_size, model.config.get_text_config().hidden_size)
+    model.to(compute_dtype(config))
+    head = describe_head(model)
+    prepare_gradients(model)
+    model.config.architectures = [type(model).__name__]  # what the export is loaded with
+    if config.disable_dropout:
+        switch_dropout_off(model)
+    partitions.moe_leaf_modules(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = None if "optimizer" in settings else build_optimizer(model, config)
+    engine, *_ = deepspeed.initialize(
+        model=HiddenStates(model),
+        optimizer=optimizer,
+        model_parameters=parameter_groups(model, config.weight_decay) if optimizer is None else None,
+        lr_scheduler=lambda basic_optimizer: build_schedule(basic_optimizer, config, num_steps),
+        config=settings,
+    )
+    student = Student(model, engine, StudentHead(head, groups, shared_vocab_size, engine.device))
+    engine.eval()
+    check_packing(model, student.hidden, engine.device)
+    return student
+
+
+def prepare_gradients(model: nn.Module) -> None:
+    """Leave out of training what no text passes through. What the user has frozen stays so.
+
+    Raises:
+        ValueError: where nothing is left to train, or a head's bias is to be trained without its weight.
+    """
+    num_unused, head = freeze_unused(model), model.get_output_embeddings()
+    if num_unused:
+        logger.info("%s: %d parameters outside its text model are not trained", type(model).__name__, num_unused)
+    if not any(param.requires_grad for param in model.parameters()):
+        raise ValueError("every parameter of the student is frozen (requires_grad=False): nothing could be trained")
+    if head.bias is not None and head.bias.requires_grad and not head.weight.requires_grad:
+        raise ValueError("the student's head is frozen and its bias is not: freeze both, or neither")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norm weights do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(partitions.full_shape(p)) >= 2]
+    vectors = [p for p in trainable if len(partitions.full_shape(p)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: GKDConfig) -> torch.optim.Optimizer:
+    """AdamW over fp32 master weights; the DeepSpeed JSON's `optimizer` block, where there is one, replaces it."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=betas, eps=config.adam_epsilon
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: GKDConfig, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """transformers' schedule of that name, with warm-up."""
+    warmup = config.warmup_steps or int(config.warmup_ratio * num_steps)
+    return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)

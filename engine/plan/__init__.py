@@ -1,0 +1,1 @@
+"""Planning: what a run will move and hold, by formula."""
