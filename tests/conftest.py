@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 
-from tests.ranks import Ranks
+from tests.library.ranks import Ranks
 
 _cache = tempfile.TemporaryDirectory(prefix="datasets_")
 _worlds: dict[int, Ranks] = {}
@@ -14,6 +14,7 @@ _worlds: dict[int, Ranks] = {}
 def pytest_configure():
     """Token ids that tests write go where no run looks for them; `datasets` reads the variable when it is imported."""
     os.environ["HF_DATASETS_CACHE"] = _cache.name
+    pytest.register_assert_rewrite("tests.library.runs")  # its asserts show the values, as a test's do
 
 
 @pytest.fixture(scope="session")

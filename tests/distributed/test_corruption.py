@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine import GKDConfig
-from tests.distributed.test_training import train
-from tests.models import write_run_inputs
+from tests.library.runs import train, write_run_inputs
 
 
 @pytest.fixture(scope="module")

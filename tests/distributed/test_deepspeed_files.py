@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 
 from engine import GKDConfig, GKDTrainer
 from engine.zero import partitions
-from tests.distributed.test_faults import train_spoilt
 from tests.library.paths import ROOT
-from tests.models import write_run_inputs
+from tests.library.runs import read_metrics, write_run_inputs
+from tests.library.spoilt import train_spoilt
 
 DEADLINE_S = 600  # for the slow ones
 FILES = ROOT / "tests/deepspeed_files"
@@ -64,7 +63,7 @@ def test_training_under_a_file(ranks, inputs, tmp_path, settings, optimizer):
     for result in results:
         assert result["optimizer"] == optimizer
         assert all(change > 0 for change in result["moved"].values()), result["moved"]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(torch.isfinite(torch.tensor([line["train/loss"], line["train/grad_norm"]])).all() for line in lines)
 
@@ -75,7 +74,7 @@ def test_training_in_bf16_under_a_file(ranks, inputs, tmp_path):
     fields = inputs | {"deepspeed": settings, "output_dir": str(tmp_path), "bf16": True, "global_batch_size": 8}
     for result in ranks(2).run(take_steps, fields):
         assert max(result["moved"].values()) > 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path)
     assert [line["train/bad_steps"] for line in lines] == [0, 0] and all(line["train/grad_norm"] > 0 for line in lines)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
 from engine import GKDConfig, GKDTrainer
 from engine.zero.settings import DEFAULT_DEEPSPEED
-from tests.distributed.test_training import metrics_of, samples_of, train, weights_of
-from tests.models import write_run_inputs
+from tests.library.runs import copy_at_step, metrics_of, samples_of, train, weights_of, write_run_inputs
 
 STEPS, SAVED_AT = 8, 3  # in the middle of two steps that share rollouts
 OFFLOAD = {
@@ -39,14 +37,6 @@ def whole(ranks, fields, tmp_path_factory):
         return runs[world_size]
 
     return get
-
-
-def copy_at_step(folder, copy):
-    """The run folder as it was when the checkpoint of `SAVED_AT` had been written."""
-    shutil.copytree(folder, copy)
-    for name in ("checkpoints/step_6", "checkpoints/step_8", "final"):
-        shutil.rmtree(copy / name)
-    return copy
 
 
 @pytest.mark.parametrize(

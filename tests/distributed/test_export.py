@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine import GKDConfig, GKDTrainer
 from engine.cli import main
 from engine.models import export
-from tests.distributed.test_training import train
+from tests.library.models import tiny_llama, tiny_tokenizer
 from tests.library.paths import ROOT
-from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
+from tests.library.runs import train, write_run_inputs
 
 
 @pytest.fixture(scope="module")

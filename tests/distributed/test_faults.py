@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import GKDConfig, GKDTrainer
-from engine.errors import BadStepsError
-from tests.distributed.test_training import metrics_of, weights_of
-from tests.models import write_run_inputs
+from tests.library.runs import metrics_of, weights_of, write_run_inputs
+from tests.library.spoilt import train_spoilt
 
 
 @pytest.fixture(scope="module")
@@ -19,45 +17,6 @@ def fields(tmp_path_factory) -> dict:
     return write_run_inputs(tmp_path_factory.mktemp("faults")) | {
         "lmbda": 0.5, "global_batch_size": 8, "save_steps": None, "weight_decay": 0.1, "max_steps": 4,
     }  # fmt: skip
-
-
-def spoil(trainer: GKDTrainer, kind: str, steps: list[int], rank: int) -> None:
-    """Make the loss, or only its gradient, infinite on one rank at some steps, in the second micro-batch."""
-    objective = trainer.run.objective
-
-    def spoilt(student_NH, teacher_NH, shard, batch, counts, micro, spec):
-        is_bad = trainer.state.step + 1 in steps and trainer.run.rank == rank and micro == 1
-        if is_bad and kind == "loss":
-            teacher_NH = teacher_NH * torch.nan
-        if is_bad and kind == "gradient":
-            student_NH.register_hook(lambda grad: grad * torch.inf)
-        return objective(student_NH, teacher_NH, shard, batch, counts, micro, spec)
-
-    trainer.run.objective = spoilt
-    spoilt.spec = objective.spec
-
-
-def train_spoilt(fields: dict, kind: str, steps: list[int], rank: int) -> dict:
-    """Train with spoilt steps; the whole student after each step, in fp32, and the error that ended it."""
-    trainer = GKDTrainer(args=GKDConfig(**fields))
-    spoil(trainer, kind, steps, rank)
-    weights, error = [], None
-    original = trainer._train_step
-
-    def recorded():
-        try:
-            return original()
-        finally:
-            with trainer.run.student.gathered() as model:
-                weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().copy())
-
-    trainer._train_step = recorded
-    try:
-        trainer.train()
-    except BadStepsError as raised:
-        error = str(raised)
-    trainer.run.student.engine.destroy()
-    return {"weights": weights, "error": error, "bad_steps": trainer.state.bad_steps}
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])

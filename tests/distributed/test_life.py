@@ -15,8 +15,8 @@ import pytest
 from engine import GKDConfig, GKDTrainer
 from engine.errors import CheckpointError
 from engine.models.export import export_checkpoint
-from tests.distributed.test_training import metrics_of, train, weights_of
-from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
+from tests.library.models import tiny_llama, tiny_tokenizer
+from tests.library.runs import metrics_of, train, weights_of, write_run_inputs
 
 STEPS = 3
 

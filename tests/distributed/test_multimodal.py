@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from engine import GKDConfig, GKDTrainer
 from engine.models.export import export_checkpoint
-from tests.distributed.test_training import assert_same_run, metrics_of, train
-from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
-from tests.unit.models.test_heads import MULTIMODAL
+from tests.library.families import MULTIMODAL
+from tests.library.models import build, tiny_llama, tiny_tokenizer
+from tests.library.runs import assert_same_run, metrics_of, train, write_run_inputs
 
 FAMILIES = ("gemma3", "qwen2_5_vl", "llama4")
 

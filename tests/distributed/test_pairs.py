@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from engine import GKDConfig, GKDTrainer
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.library.models import tiny_llama, tiny_tokenizer
 
 ROWS = [{"prompt": "abc", "completion": "defgh"}, {"prompt": "abc", "completion": "xyz"}] * 2
 LAST = 258  # `<|end|>`, the last id of the tiny tokenizer

@@ -11,7 +11,7 @@ from engine.loss.divergence import DivergenceSpec
 from engine.rollout.decoder import Decoder, Request, Sampling
 from engine.rollout.rollout import deal, describe
 from engine.zero import partitions
-from tests.distributed.test_vocab_parallel import Case, build, train_step
+from tests.library.steps import Case, build_case, train_step
 
 SPEC = DivergenceSpec("jsd", beta=0.3)
 
@@ -19,7 +19,7 @@ SPEC = DivergenceSpec("jsd", beta=0.3)
 def weights_after(disturb, num_steps: int = 3) -> torch.Tensor:
     """This rank's piece of every parameter after some steps, with `disturb(student)` before each."""
     case = Case(2, tied=True)
-    parts = build(case, learning_rate=1e-2)
+    parts = build_case(case, learning_rate=1e-2)
     student = parts[0]
     for _ in range(num_steps):
         disturb(student)
@@ -59,7 +59,7 @@ def test_training_is_bit_identical_to_never_having_generated(ranks):
 
 def check_partitioned_lengths() -> list[int]:
     """Rank r wants 1 + 8 r tokens, rank 0 none at all, with parameters fetched layer by layer."""
-    student = build(Case(2))[0]
+    student = build_case(Case(2))[0]
     student.engine.eval()
 
     def any_rank(active: bool) -> bool:

@@ -13,7 +13,7 @@ from engine.cluster.collectives import build_vocab_groups
 from engine.models.student import build_student
 from engine.rollout.decoder import Decoder, Request, Sampling
 from engine.rollout.rollout import parameter_bytes
-from tests.ranks import Ranks
+from tests.library.ranks import Ranks
 
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
 

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.distributed.test_elastic import copy_at_step
-from tests.distributed.test_training import metrics_of, samples_of, train
-from tests.models import CHATML, tiny_tokenizer, write_run_inputs
+from tests.library.models import CHATML, tiny_tokenizer
+from tests.library.runs import copy_at_step, metrics_of, samples_of, train, write_run_inputs
 
 STEPS, SAVED_AT = 8, 3
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML

@@ -16,9 +16,9 @@ from engine.models.backbone import load_causal_lm
 from engine.teacher import build_teacher
 from engine.zero import partitions
 from engine.zero.settings import teacher_settings
-from tests.distributed.test_vocab_parallel import samples_of
-from tests.models import build, tiny_llama
-from tests.ranks import Ranks
+from tests.library.models import build, tiny_llama
+from tests.library.ranks import Ranks
+from tests.library.steps import ragged_samples
 
 PLACEMENTS = [
     {"teacher_placement": "replicated"},
@@ -35,7 +35,7 @@ def check_hidden(folder: str, changes: dict) -> float:
     plain = tiny_llama(101, seed=5, hidden_size=32, kv_heads=2).eval()
     worst = 0.0
     for micro in range(2):
-        samples = samples_of(dist.get_rank(), micro, 101)
+        samples = ragged_samples(dist.get_rank(), micro, 101)
         ours = teacher.hidden(pack(samples, "cpu"))
         with torch.no_grad():
             parts = [

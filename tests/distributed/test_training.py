@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from engine import GKDConfig, GKDTrainer
-from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
-
-TIMING = ("perf/", "rollout/gather_s", "rollout/idle_s", "rollout/tokens_per_s")
+from tests.library.models import build, tiny_llama, tiny_tokenizer
+from tests.library.runs import assert_same_run, metrics_of, samples_of, train, weights_of, write_run_inputs
 
 
 @pytest.fixture(scope="module")
@@ -23,46 +20,11 @@ def inputs(tmp_path_factory) -> dict:
     return write_run_inputs(folder) | {"global_batch_size": 8, "lmbda": 0.5, "save_steps": None, "weight_decay": 0.1}
 
 
-def train(fields: dict) -> dict:
-    """Run on this rank; its sampled and trained-on tokens come back for comparison."""
-    config = GKDConfig(**fields)
-    trainer = GKDTrainer(args=config)
-    seen = []
-    original = trainer._next_samples
-
-    def recorded():
-        samples, metrics = original()
-        seen.append([(s.index, s.input_ids) for batch in samples for s in batch])
-        return samples, metrics
-
-    trainer._next_samples = recorded
-    trainer.train()
-    trainer.run.student.engine.destroy()
-    return {"seen": seen, "steps": trainer.state.step}
-
-
-def metrics_of(folder: str | Path) -> list[dict]:
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in lines]
-
-
-def weights_of(folder: str | Path) -> torch.Tensor:
-    tensors = load_file(Path(folder) / "final" / "model.safetensors")
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
-
-
-def samples_of(results: list[dict]) -> list[list]:
-    """Every step's samples over all ranks, in the order of the global batch."""
-    return [sorted(sum(step, [])) for step in zip(*(r["seen"] for r in results), strict=True)]
-
-
-def assert_same_run(ours: dict, theirs: dict, tolerance: float) -> None:
-    for a, b in zip(metrics_of(ours["output_dir"]), metrics_of(theirs["output_dir"]), strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance * 1e-2), (a["step"], name)
-    a, b = weights_of(ours["output_dir"]), weights_of(theirs["output_dir"])
-    assert ((a - b).norm() / b.norm()).item() <= tolerance
+@pytest.fixture(scope="module")
+def plain(ranks, inputs, tmp_path_factory) -> tuple[dict, list[dict]]:
+    """The run that changes are compared with, on two ranks: its fields, and what each rank says. Read it only."""
+    fields = inputs | {"output_dir": str(tmp_path_factory.mktemp("plain") / "run")}
+    return fields, ranks(2).run(train, fields)
 
 
 def test_world_size_and_accumulation_change_nothing(ranks, inputs, tmp_path):
@@ -95,12 +57,10 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_placements_and_sizes_change_nothing(ranks, inputs, tmp_path, change):
-    plain = inputs | {"output_dir": str(tmp_path / "plain")}
-    changed = inputs | {"output_dir": str(tmp_path / "changed")} | change
-    results = [ranks(2).run(train, fields) for fields in (plain, changed)]
-    assert samples_of(results[1]) == samples_of(results[0])
-    assert_same_run(changed, plain, tolerance=1e-5)
+def test_placements_and_sizes_change_nothing(ranks, plain, tmp_path, change):
+    changed = plain[0] | {"output_dir": str(tmp_path / "changed")} | change
+    assert samples_of(ranks(2).run(train, changed)) == samples_of(plain[1])
+    assert_same_run(changed, plain[0], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("extra", [{}, {"rollout_reuse": 2, "lmbda": 0.8, "num_generations": 2}], ids=str)

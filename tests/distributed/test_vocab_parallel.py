@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from dataclasses import dataclass
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 
-from engine.cluster.collectives import build_vocab_groups, gather_counts
-from engine.config import GKDConfig
-from engine.data.batch import Sample, pack
+from engine.data.batch import pack
 from engine.loss import vocab_parallel
 from engine.loss.divergence import DivergenceSpec, dense_divergence
-from engine.loss.head import build_teacher_head
 from engine.loss.projection import project
-from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
-from engine.models.student import build_student
-from engine.teacher import build_teacher
-from tests import models
-from tests.models import tiny_llama
-from tests.unit.models.test_heads import CONFIGS
+from engine.loss.vocab_parallel import vocab_parallel_divergence
+from tests.library.families import CONFIGS
+from tests.library.steps import Case, build_case, ragged_samples, train_step
 
 SPECS = [DivergenceSpec("jsd", beta=b, temperature=t) for b in (0.0, 0.1, 0.5, 0.9, 1.0) for t in (0.7, 1.0, 2.0)] + [
     DivergenceSpec("skew_forward_kl", alpha=0.1),
@@ -35,92 +27,6 @@ SPECS = [DivergenceSpec("jsd", beta=b, temperature=t) for b in (0.0, 0.1, 0.5, 0
 ]
 
 
-@dataclass(frozen=True)
-class Case:
-    group_size: int
-    vocab_size: int = 1001
-    teacher_vocab_size: int = 1001
-    tied: bool = False
-    accumulation: int = 1
-    offload: bool = False
-    chunk_bytes: int = 40_000  # several chunks per micro-batch
-    compiled: bool = False
-    family: str | None = None  # of the student, in place of a Llama
-
-
-def samples_of(rank: int, micro: int, vocab_size: int) -> list[Sample]:
-    """Ragged: rank 1 has no response token in its first micro-batch, others have 4 to 14."""
-    generator = torch.Generator().manual_seed(1000 * rank + micro)
-    lengths = torch.randint(6, 12, (2,), generator=generator).tolist()
-    rows = []
-    for index, length in enumerate(lengths):
-        ids = torch.randint(0, vocab_size, (length,), generator=generator).tolist()
-        mask = [False] * 3 + [not (rank == 1 and micro == 0)] * (length - 3)
-        rows.append(Sample(ids[:3], ids, mask, index))
-    return rows
-
-
-def build(case: Case, learning_rate: float = 0.0, hidden_size: int = 16):
-    student = tiny_llama(case.vocab_size, case.tied, hidden_size, seed=1)
-    if case.family is not None:
-        student = models.build(CONFIGS[case.family], seed=1)
-        if student.lm_head.bias is not None:
-            with torch.no_grad():
-                student.lm_head.bias.copy_(torch.linspace(-1.0, 1.0, case.vocab_size))
-    teacher = tiny_llama(case.teacher_vocab_size, False, hidden_size=24, seed=2)
-    settings = GKDConfig(bf16=False).to_dict()["deepspeed"]
-    if case.offload:
-        settings = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
-    config = GKDConfig(
-        bf16=False, per_device_train_batch_size=2, gradient_accumulation_steps=case.accumulation, deepspeed=settings,
-        learning_rate=learning_rate, gradient_checkpointing=False, max_grad_norm=0.5, teacher_placement="replicated",
-        lr_scheduler_type="constant", weight_decay=0.1,
-    )  # fmt: skip
-    groups = build_vocab_groups(case.group_size, dist.get_world_size())
-    shared = min(case.vocab_size, case.teacher_vocab_size)
-    reference = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
-    built = build_student(config, student, groups, shared, num_steps=10)
-    teacher = build_teacher(config, teacher, torch.device("cpu"))
-    shard = build_teacher_head(teacher.head, built.head.ids_S, shared)
-    return built, teacher, shard, Stream(groups, built.head.ids_S, case.chunk_bytes, case.compiled), reference
-
-
-def train_step(case: Case, parts, spec: DivergenceSpec) -> float:
-    """Forward and backward of one optimizer step, up to the head's gradient; returns the global loss."""
-    student, teacher, teacher_shard, stream, _ = parts
-    rank, shared = dist.get_rank(), min(case.vocab_size, case.teacher_vocab_size)
-    batches = [pack(samples_of(rank, m, shared), "cpu") for m in range(case.accumulation)]
-    counts = gather_counts([b.num_response_tokens for b in batches], "cpu")
-    total = torch.zeros(1)
-    shard = student.open_step(train=True)
-    for index, batch in enumerate(batches):
-        weights = torch.full((batch.num_response_tokens,), 1 / counts.sum().item())
-        longest = int(counts[list(stream.groups.group_ranks), index].max())
-        loss, _ = vocab_parallel_divergence(
-            student.hidden(batch),
-            teacher.hidden(batch),
-            shard,
-            teacher_shard,
-            batch.target_ids_N,
-            weights,
-            longest,
-            spec,
-            stream,
-        )
-        student.backward(loss, is_last=index + 1 == len(batches))
-        total += loss.detach()
-    student.head.close_step()
-    dist.all_reduce(total)
-    return total.item()
-
-
 def dense_step(case: Case, reference, spec: DivergenceSpec, world_size: int) -> torch.Tensor:
     """The same loss from whole logits in float64, all ranks' samples in one process; gradients in `.grad`."""
     student, teacher = reference
@@ -128,7 +34,7 @@ def dense_step(case: Case, reference, spec: DivergenceSpec, world_size: int) -> 
     terms = []
     for rank in range(world_size):
         for micro in range(case.accumulation):
-            for sample in samples_of(rank, micro, shared):
+            for sample in ragged_samples(rank, micro, shared):
                 ids = torch.tensor([sample.input_ids])
                 keep = torch.tensor(sample.response_mask[1:])
                 z = student(ids).logits[0, :-1][keep][:, :shared]
@@ -148,7 +54,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def check_gradients(case: Case, specs: list[DivergenceSpec]) -> list[tuple]:
     """Relative errors of loss, every parameter's gradient (worst), head gradient and norm, for each spec."""
-    parts = build(case)
+    parts = build_case(case)
     student, reference = parts[0], parts[4]
     named = dict(reference[0].named_parameters())
     head = reference[0].get_output_embeddings().weight
@@ -228,7 +134,7 @@ def test_heads_with_bias_scale_or_soft_cap(ranks, family):
 
 def check_weights_after_steps(case: Case, num_steps: int) -> float:
     """Relative difference to dense AdamW in float64 after some steps, over all parameters."""
-    parts = build(case, learning_rate=1e-2)
+    parts = build_case(case, learning_rate=1e-2)
     student, reference = parts[0], parts[4]
     spec = DivergenceSpec("jsd", beta=0.3)
     model = reference[0]
@@ -265,9 +171,11 @@ def check_against_deepspeed(temperature: float) -> list[tuple[float, float]]:
     from deepspeed.sequence.vocab_parallel_ops import vocab_parallel_kl_div
 
     case = Case(dist.get_world_size())
-    parts = build(case)
+    parts = build_case(case)
     student, teacher, teacher_shard, stream, _ = parts
-    batch = pack(samples_of(0, 0, case.vocab_size), "cpu")  # every rank has the same tokens, as DeepSpeed's op expects
+    batch = pack(
+        ragged_samples(0, 0, case.vocab_size), "cpu"
+    )  # every rank has the same tokens, as DeepSpeed's op expects
     weights = torch.ones(batch.num_response_tokens)
     rows = []
     for reverse, kind in ((False, "forward_kl"), (True, "reverse_kl")):
@@ -321,7 +229,7 @@ def check_compiled(case: Case) -> list[float]:
     """Relative differences of compiled and eager loss, hidden gradient and head gradient."""
     results = []
     for compiled in (False, True):
-        parts = build(dataclasses.replace(case, compiled=compiled))
+        parts = build_case(dataclasses.replace(case, compiled=compiled))
         loss = train_step(case, parts, DivergenceSpec("jsd", beta=0.3, sft_weight=0.1, temperature=0.8))
         gradients = [deepspeed.utils.safe_get_full_grad(p).flatten() for p in parts[0].model.parameters()]
         parts[0].engine.step()

@@ -22,8 +22,8 @@ from engine.bench.measure import loopback_bytes
 from engine.data.batch import Sample, pack
 from engine.plan import volume
 from engine.teacher import build_teacher
-from tests.distributed.test_vocab_parallel import Case, build
-from tests.models import tiny_llama
+from tests.library.models import tiny_llama
+from tests.library.steps import Case, build_case
 
 ALONE = why_not_private()
 counts_bytes = pytest.mark.skipif(ALONE is not None, reason=f"other traffic would be counted: {ALONE}")
@@ -87,7 +87,7 @@ def sent_per_rank(action: Callable[[], object]) -> float:
 def check_head_bytes(group_size: int) -> float:
     """Bytes per rank of one `open_step` and `close_step`, over those of the formula."""
     case = Case(group_size, vocab_size=8001, teacher_vocab_size=8001)
-    student = build(case, hidden_size=64)[0]
+    student = build_case(case, hidden_size=64)[0]
     world_size = dist.get_world_size()
 
     def exchange() -> None:

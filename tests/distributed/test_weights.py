@@ -15,9 +15,9 @@ from engine.models.backbone import download_model, load_causal_lm
 from engine.models.export import export_checkpoint
 from engine.models.weights import persistent_buffers
 from engine.zero.settings import teacher_settings
-from tests.distributed.test_training import train
-from tests.models import build, tiny_llama, tiny_tokenizer, write_run_inputs
-from tests.unit.models.test_heads import CONFIGS
+from tests.library.families import CONFIGS
+from tests.library.models import build, tiny_llama, tiny_tokenizer
+from tests.library.runs import train, write_run_inputs
 
 
 def as_bin(folder: Path) -> None:

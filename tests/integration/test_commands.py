@@ -14,9 +14,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from tests.integration.launch import ROOT, launcher, run
-from tests.models import write_run_inputs
-from tests.ranks import Ranks
+from tests.library.launch import launcher, run
+from tests.library.paths import ROOT
+from tests.library.ranks import Ranks
+from tests.library.runs import read_metrics, write_run_inputs
 
 TRL_EXAMPLE = ROOT / "tests" / "integration" / "trl_example.md"
 
@@ -37,10 +38,6 @@ def finished(recipe) -> tuple[Path, str]:
     done = run([*launcher("deepspeed", 2), "--module", "engine", "train", "--config", str(recipe)])
     assert done.returncode == 0, done.stdout[-4000:]
     return recipe.parent / "run", done.stdout
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_train_under_deepspeed(finished):

@@ -10,8 +10,8 @@ import yaml
 from engine.check import CHECKPOINT_BYTES
 from engine.config import GKDConfig
 from engine.models.backbone import count_parameters
-from tests.integration.launch import launcher, run
-from tests.models import write_run_inputs
+from tests.library.launch import launcher, run
+from tests.library.runs import write_run_inputs
 
 
 @pytest.fixture(scope="module")

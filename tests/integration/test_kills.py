@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.test_training import metrics_of, weights_of
-from tests.forked import ForkedRun
-from tests.models import write_run_inputs
+from tests.library.forked import ForkedRun
+from tests.library.runs import metrics_of, weights_of, write_run_inputs
 
 WORLD_SIZE, NUM_STEPS = 2, 24
 # Places in a save, in the order in which it comes to them: before any file, between files, when the manifest is to be

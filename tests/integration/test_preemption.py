@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import resource
 import signal
@@ -17,10 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.test_training import metrics_of, weights_of
-from tests.forked import ForkedRun
-from tests.integration.launch import ROOT, free_port, launcher
-from tests.models import write_run_inputs
+from tests.library.forked import ForkedRun
+from tests.library.launch import free_port, launcher
+from tests.library.paths import ROOT
+from tests.library.runs import metrics_of, read_metrics, weights_of, write_run_inputs
 
 STEP_S = 0.15  # long enough for a signal to fall into a chosen step
 
@@ -246,7 +245,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(recipe, whole, tmp_path, reac
 
 def test_metrics_split_the_step(whole):
     """The phases cover most of a step, none counts twice, and there is no peak to compare with on CPU."""
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(whole)
     names = ["teacher", "student", "loss", "backward", "optimizer", "idle"]
     for line in lines[1:]:  # the first step allocates
         parts = sum(line[f"perf/{name}_s"] for name in names) + line.get("perf/rollout_s", 0.0)

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.multinode.network import Network, why_not
+from tests.library.network import Network, why_not
 
 
 @pytest.fixture(scope="session", autouse=True)

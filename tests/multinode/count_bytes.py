@@ -15,7 +15,7 @@ import yaml
 from engine import GKDConfig, GKDTrainer
 from engine.bench.measure import received_bytes
 from engine.plan import volume
-from tests.multinode.network import INTERFACE
+from tests.library.network import INTERFACE
 
 WARM_STEPS = 2  # the first opens connections and records the order in which parameters are used
 FLOAT_BYTES = 4

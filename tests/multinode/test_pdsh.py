@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.launch import free_port
-from tests.models import tiny_llama, tiny_tokenizer, write_run_inputs
-from tests.multinode.network import HOSTS, INTERFACE, ROOT, sh
+from tests.library.launch import free_port
+from tests.library.models import tiny_llama, tiny_tokenizer
+from tests.library.network import HOSTS, INTERFACE, sh
+from tests.library.paths import ROOT
+from tests.library.runs import train_metrics, write_run_inputs
 
 NUM_STEPS, SAVE_STEPS = 16, 4
 TIMEOUT_S = 20
@@ -37,11 +39,6 @@ def finished(network, recipe) -> tuple[Path, str]:
     status, output = network.run("n1", words("multinode", "train", recipe))
     assert status == 0, output[-4000:]
     return recipe.parent / "run", output
-
-
-def train_metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{"step": line["step"]} | {k: v for k, v in line.items() if k.startswith("train/")} for line in lines]
 
 
 def test_two_hosts_train_as_one(network, finished, recipe, tmp_path):

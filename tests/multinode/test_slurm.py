@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.models import write_run_inputs
-from tests.multinode.slurm import Slurm
+from tests.library.runs import read_metrics, train_metrics, write_run_inputs
+from tests.library.slurm import Slurm
 
 NUM_STEPS, SAVE_STEPS = 40, 10
 
@@ -37,14 +37,6 @@ def finished(slurm, recipe) -> Path:
     job = slurm.submit(log, ["train", str(recipe)])
     assert slurm.finish(job, deadline_s=120) == "COMPLETED", log.read_text()[-4000:]
     return recipe.parent / "run"
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def train_metrics(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k == "step" or k.startswith("train/")} for line in read_metrics(folder)]
 
 
 def test_sbatch_trains_on_two_nodes(finished, recipe):

@@ -20,8 +20,8 @@ from engine.zero.settings import (
     resolve_deepspeed,
     teacher_settings,
 )
+from tests.library.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
 TOP_LEVEL = {"pyproject.toml", "engine", "ds_configs", "launch", "tests", "README.md"}
@@ -177,6 +177,27 @@ def imported_modules(path: Path) -> set[str]:
         prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         found.add(next((prefix for prefix in prefixes if prefix in known), "__init__"))
     return found
+
+
+def foreign_imports(text: str) -> set[str]:
+    """The modules of tests/ that a file imports outside tests/library, by any way of writing it."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name for name in names if name.startswith((".", "tests.")) and not name.startswith("tests.library.")}
+    return found
+
+
+def test_tests_share_the_library_and_nothing_else():
+    files = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    assert {str(path): names for path, text in files.items() if (names := foreign_imports(text))} == {}
+    for text in ("from tests.unit.test_x import y", "import tests.unit", "from tests import unit", "from . import x"):
+        assert foreign_imports(text), text
 
 
 def test_config_imports_without_torch():

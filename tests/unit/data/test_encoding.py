@@ -20,7 +20,7 @@ from engine.data.selection import MapRows, StreamRows
 from engine.data.sources import JsonLines
 from engine.data.tally import RowRules
 from engine.data.template import TemplateInput
-from tests.models import CHATML, tiny_tokenizer
+from tests.library.models import CHATML, tiny_tokenizer
 
 ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"

@@ -10,7 +10,7 @@ from engine.data.order import DataOrder
 from engine.data.samples import StepData, build_rows
 from engine.data.selection import MapRows, StreamRows
 from engine.data.tally import RowRules
-from tests.models import tiny_tokenizer
+from tests.library.models import tiny_tokenizer
 
 NUM_ROWS = 20
 

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from engine.data.vocabulary import check_ids, check_same_vocabulary
-from tests.models import tiny_tokenizer
+from tests.library.models import tiny_tokenizer
 
 
 def backend(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:

@@ -8,8 +8,8 @@ from scipy.stats import chisquare
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.rollout.decoder import Decoder, Request, Sampling, inverse_cdf
-from tests.models import build, tiny_llama
-from tests.unit.models.test_heads import CONFIGS
+from tests.library.families import CONFIGS
+from tests.library.models import build, tiny_llama
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2")
 STOPS = tuple(range(3, 97, 9))

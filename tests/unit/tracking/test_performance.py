@@ -13,7 +13,7 @@ from engine.data.batch import Sample, pack
 from engine.tracking.performance import PEAK_FLOPS, Meter, matrix_parameters
 from engine.tracking.progress import Progress
 from engine.tracking.timing import Phases
-from tests.models import tiny_llama
+from tests.library.models import tiny_llama
 
 
 def test_phases_add_up_until_taken():

@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.multinode.network import ROOT, SYSTEM_PATH, kill_all, pids_in, sh
+from tests.library.network import SYSTEM_PATH, kill_all, pids_in, sh
+from tests.library.paths import ROOT
 
 ADDRESS = "10.79.0.1"
 ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")

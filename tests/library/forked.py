@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.launch import free_port
+from tests.library.launch import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["engine.trainer", "transformers.models.llama.modeling_llama", "tests.models", "datasets"]
+    ["engine.trainer", "transformers.models.llama.modeling_llama", "tests.library.models", "datasets"]
 )
 
 

@@ -52,34 +52,3 @@ def tiny_tokenizer():
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|end|>"]})
     fast.chat_template = CHATML
     return fast
-
-
-def write_run_inputs(folder, num_rows: int = 24) -> dict:
-    """Student, teacher and data of a tiny run in `folder`; returns the configuration fields that name them."""
-    import json
-
-    tokenizer = tiny_tokenizer()
-    for name, hidden_size, seed in (("student", 16, 1), ("teacher", 24, 2)):
-        model = tiny_llama(len(tokenizer), name == "student", hidden_size, seed, kv_heads=2 if name == "teacher" else 1)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    data = folder / "data"
-    data.mkdir()
-    for split, count in (("train", num_rows), ("test", 6)):
-        rows = [
-            {
-                "messages": [
-                    {"role": "user", "content": f"{split} {i}?"},
-                    {"role": "assistant", "content": "yes " * (1 + i % 5)},
-                ]
-            }
-            for i in range(count)
-        ]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model_name_or_path": str(folder / "student"), "teacher_model_name_or_path": str(folder / "teacher"),
-        "dataset_name": str(data), "output_dir": str(folder / "run"), "bf16": False, "report_to": "none",
-        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 4, "max_length": 64,
-        "max_new_tokens": 8, "learning_rate": 1e-3, "gradient_checkpointing": False, "save_steps": 2,
-        "logging_steps": 1,
-    }  # fmt: skip
