@@ -2,7 +2,9 @@
 
 from engine.config import GKDConfig
 
-__all__ = ["GKDConfig", "GKDTrainer"]
+__all__ = ["GKDConfig", "GKDTrainer", "__version__"]
+
+__version__ = "0.1.0"  # pyproject.toml reads it from here
 
 
 def __getattr__(name: str):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import engine
 from engine.config import GKDConfig, config_from_dict
 from engine.zero.settings import (
     DEFAULT_DEEPSPEED,
@@ -201,9 +202,23 @@ def test_tests_share_the_library_and_nothing_else():
 
 
 def test_config_imports_without_torch():
-    code = "import sys, engine.config; print(sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, engine, engine.config; assert engine.__version__; "
+        "print(sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
+
+
+def test_a_package_has_one_version_a_licence_and_types():
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    read = read_configuration(ROOT / "pyproject.toml")
+    assert read["project"]["version"] == engine.__version__
+    (licence,) = read["project"]["license-files"]
+    assert "Apache License" in (ROOT / licence).read_text() and read["project"]["license"] == "Apache-2.0"
+    for name in read["tool"]["setuptools"]["package-data"]["engine"]:
+        assert (ROOT / "engine" / name).is_file()
 
 
 def test_zero3_json_is_the_default():
