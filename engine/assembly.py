@@ -95,7 +95,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     """Check the input, then build every part. All ranks must call.
 
     Raises:
-        ValueError: for input that cannot work; see README, "Bad input".
+        ValueError: for input that cannot work; see engine/data/README.md, "Bad input".
     """
     device = init_distributed(config.timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -81,7 +81,7 @@ def describe_fields() -> str:
 
 
 def field_table() -> str:
-    """README's table of the fields, in Markdown; `python -m engine fields` prints it."""
+    """The table of fields in engine/CONFIGURATION.md, in Markdown; `python -m engine fields` prints it."""
     lines = ["| field | default | |", "| --- | --- | --- |"]
     for item in dataclasses.fields(GKDConfig):
         lines.append(f"| `{item.name}` | `{default_of(item)}` | {item.metadata['help']} |")

@@ -1,4 +1,4 @@
-"""How many bytes the loss and the teacher move: the formulas in README, compared with measured bytes in tests.
+"""How many bytes the loss and the teacher move: the formulas of their READMEs, compared with measured bytes in tests.
 
 N ranks in token groups of G; V vocabulary, H_s and H_t hidden sizes, T tokens of one rank (response tokens for the
 loss, all of them for the teacher).

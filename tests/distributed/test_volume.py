@@ -1,4 +1,4 @@
-"""Bytes on the wire and memory of the loss: measured, against the formulas that README states.
+"""Bytes on the wire and memory of the loss: measured, against the formulas that the READMEs state.
 
 All of it with other traffic on the machine's loopback, which must not be counted.
 """

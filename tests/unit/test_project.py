@@ -180,6 +180,46 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+def anchor(heading: str) -> str:
+    """GitHub's id of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """Links of a Markdown text at `path` that lead to no file, or to no heading of it."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if re.match(r"https?://", target):
+            continue
+        name, _, fragment = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if fragment and file.is_file() else []
+        if not file.exists() or (fragment and fragment not in map(anchor, headings)):
+            found.append(target)
+    return found
+
+
+FOLDERS_WITH_PAGES = ("engine", "launch", "tests")
+PAGES = [ROOT / "README.md", *(page for folder in FOLDERS_WITH_PAGES for page in (ROOT / folder).rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert broken_links(path, path.read_text()) == []
+
+
+def test_a_link_to_nowhere_is_found():
+    for target in ("no.md", "engine/no.md", "README.md#no-such-heading", "#no-such-heading"):
+        assert broken_links(ROOT / "README.md", f"[x]({target})") == [target]
+    assert broken_links(ROOT / "README.md", "[x](engine/README.md#rooms) [y](https://host/a)") == []
+
+
+def test_every_page_is_reached_from_the_first():
+    text = (ROOT / "README.md").read_text()
+    pages = {str(page.relative_to(ROOT)) for page in PAGES[1:] if page.name != "trl_example.md"}
+    assert {page for page in pages if f"]({page})" not in text} == set()
+
+
 def foreign_imports(text: str) -> set[str]:
     """The modules of tests/ that a file imports outside tests/library, by any way of writing it."""
     found = set()
