@@ -3,7 +3,9 @@ recipes that fit the machines they name."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,36 @@ def test_scripts_refuse_nonsense_alike(path):
     assert "usage:" in refuse()
     assert "must be train, check or evaluate" in refuse("trian", "launch/recipes/quickstart.yaml")
     assert "none.yaml: no such recipe" in refuse("train", "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "words,given",
+    [
+        ([], ["-m", "not slow and not gpu"]),
+        (["-k", "resume"], ["-m", "not slow and not gpu", "-k", "resume"]),
+        (["--quick"], ["-m", "not lengthy and not slow and not gpu", "tests/unit"]),
+        (["--slow", "-x"], ["-m", "not gpu", "-x"]),
+    ],
+    ids=["default", "words", "quick", "slow"],
+)
+def test_tiers_of_the_suite(tmp_path, words, given):
+    """What pytest is called with, after lint and types; every tier shows its longest tests."""
+    for name in ("launch", "bin"):
+        (tmp_path / name).mkdir()
+    shutil.copy(LAUNCH / "test.sh", tmp_path / "launch")
+    (tmp_path / "launch/venv.sh").write_text("enter_venv() { echo venv $1; }\n")
+    (tmp_path / "launch/system.sh").write_text("install_system_packages() { echo packages; }\n")
+    for name in ("ruff", "mypy", "python"):
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\nprintf '%s|' {name} \"$@\"; echo\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", str(tmp_path / "launch/test.sh"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    packages = [] if "--quick" in words else ["packages"]
+    lint = ["ruff|check|.|", "ruff|format|--check|.|", "mypy|"]
+    pytest_words = "|".join(["python", "-m", "pytest", "--durations=20", *given, ""])
+    assert done.stdout.splitlines() == ["venv test", *packages, *lint, pytest_words]
 
 
 @pytest.mark.parametrize("name,num_ranks", RANKS.items())

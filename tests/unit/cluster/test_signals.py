@@ -77,6 +77,7 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.lengthy
 def test_a_signal_stops_and_clocks_save_and_stop(ranks):
     ranks(1).run(check_watch)
 

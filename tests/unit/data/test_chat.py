@@ -249,6 +249,7 @@ def test_sentencepiece_ids_equal_sentencepiece(spm):
     assert len(tokenizer) == reference.vocab_size()
 
 
+@pytest.mark.lengthy
 def test_sentencepiece_folders(spm, tmp_path, caplog):
     expected = load_tokenizer(str(spm)).encode("Hello  world")
     folder = tmp_path / "bare"

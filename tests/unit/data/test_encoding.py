@@ -163,6 +163,7 @@ def test_the_second_time_nothing_is_tokenised(kind, tokenizer, tmp_path, monkeyp
     StepData(first, settings, 1, 0).step_batches(3)  # nor at use
 
 
+@pytest.mark.lengthy
 def test_a_start_costs_little_and_the_next_one_next_to_nothing(tokenizer, tmp_path):
     """Of 200,000 rows in 150 s on two cores, and in 10 s the second time: a hundredth, in CPU seconds of one core."""
     rows = [{"messages": talk(f"{i}: what is {i % 97}+{i % 89}?", f"{i % 97 + i % 89}.")} for i in range(2000)]

@@ -43,5 +43,5 @@ def test_a_hub_that_cannot_be_reached_is_no_error(monkeypatch, caplog):
     def fail(*_) -> None:
         raise ConnectionError("offline")
 
-    monkeypatch.setattr("engine.data.rows.get_dataset_split_names", fail)
+    monkeypatch.setattr("engine.data.sources.get_dataset_split_names", fail)
     assert not has_split(GKDConfig(dataset_name="some/where"), "test") and "cannot tell" in caplog.text

@@ -148,6 +148,7 @@ def masked_stream(groups, z, t, spec):
     return loss.item(), hidden.grad
 
 
+@pytest.mark.lengthy
 def test_vocabulary_of_262144(alone):
     """A Gemma-sized vocabulary through a real head, in several chunks."""
     torch.manual_seed(0)

@@ -155,6 +155,7 @@ def test_wandb_mode_is_online_only_with_a_key(monkeypatch, tmp_path):
     assert (wandb_mode("auto"), wandb_mode("online")) == ("offline", "online")
 
 
+@pytest.mark.lengthy
 def test_wandb_offline_run_holds_config_and_history(tmp_path):
     tracker = build_tracker(tmp_path, report_to="wandb", run_name="trial", wandb_tags=["t1"], wandb_group="g")
     tracker.begin(0, total_steps=2)
@@ -181,6 +182,7 @@ def test_wandb_offline_run_holds_config_and_history(tmp_path):
     assert axes["*"] == "step" and axes["train/tokens_total"] == "step"  # the two x-axes
 
 
+@pytest.mark.lengthy
 def test_unreachable_wandb_server_neither_stops_nor_blocks(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
@@ -217,6 +219,7 @@ def lose_the_service(run_dir: Path) -> None:
     assert longest_s < 1.0 and time.perf_counter() - start_s < 10
 
 
+@pytest.mark.lengthy
 def test_training_goes_on_when_wandbs_service_is_killed(tmp_path):
     """Each call returns within a second and the process ends with status 0; in a process of its own, as wandb's library
     starts no second service."""

@@ -170,6 +170,7 @@ def test_deepspeeds_optimizers_take_what_is_filled_in():
             assert filled <= set(inspect.signature(one.__init__).parameters), one
 
 
+@pytest.mark.lengthy
 def test_known_keys_are_deepspeeds():
     """Each key that DeepSpeed's own configuration asks for, and the fields of its models; no more and no fewer."""
     from deepspeed.runtime import precision_config, zero
