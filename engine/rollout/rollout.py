@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import psutil
@@ -61,16 +61,9 @@ class Rollout:
         """Replace each sample's response by `num_generations` fresh ones; also the `rollout/` metrics."""
         copies = self.config.num_generations
         completions = self.complete([s for batch in batches for s in batch], copies, ("rollout", step), writer)
-        written = [
-            [self._written(s, copies, copy, completions) for s in batch for copy in range(copies)] for batch in batches
-        ]
+        numbered = [[(s, s.index * copies + copy) for s in batch for copy in range(copies)] for batch in batches]
+        written = [[s.with_response(completions.token_ids[index], index) for s, index in batch] for batch in numbered]
         return written, completions.metrics
-
-    def _written(self, sample: Sample, copies: int, copy: int, completions: Completions) -> Sample:
-        index = sample.index * copies + copy
-        response = completions.token_ids[index]
-        mask = [False] * len(sample.prompt_ids) + [True] * len(response)
-        return replace(sample, input_ids=sample.prompt_ids + response, response_mask=mask, index=index)
 
     def complete(self, samples: list[Sample], copies: int, purpose: tuple, writer: Writer) -> Completions:
         """Completions of all ranks' samples. `purpose` goes into the seeds, such as ("rollout", step)."""
