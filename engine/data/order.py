@@ -46,6 +46,11 @@ def places_of_rank(count: int, rank: int, world_size: int, batch_size: int) -> l
     return [range(min(start, count), min(start + batch_size, count)) for start in starts]
 
 
+def copy_indices(index: int, copies: int) -> range:
+    """The `index` of each sample that is written for the prompt of sample `index`."""
+    return range(index * copies, (index + 1) * copies)
+
+
 class DataOrder:
     """Position in the run to row: epochs one after another, each its own permutation of (seed, epoch)."""
 

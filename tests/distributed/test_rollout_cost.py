@@ -11,8 +11,10 @@ from engine.bench.measure import _reset_peak, _status_bytes
 from engine.bench.rollout import Size, bench, build_model
 from engine.cluster.collectives import build_vocab_groups
 from engine.models.student import build_student
-from engine.rollout.decoder import Decoder, Request, Sampling
-from engine.rollout.rollout import parameter_bytes
+from engine.rollout.completer import Request
+from engine.rollout.decoder import Decoder
+from engine.rollout.placement import parameter_bytes
+from engine.rollout.sampling import Sampling
 from tests.ranks import Ranks
 
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64

@@ -7,7 +7,9 @@ import torch
 from scipy.stats import chisquare
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.rollout.decoder import Decoder, Request, Sampling, inverse_cdf
+from engine.rollout.completer import Request
+from engine.rollout.decoder import Decoder
+from engine.rollout.sampling import Sampling, inverse_cdf
 from tests.models import build, tiny_llama
 from tests.unit.models.test_heads import CONFIGS
 
@@ -68,7 +70,7 @@ def test_a_sample_depends_on_its_seed_alone():
 def test_completions_of_one_prompt_share_its_prefill():
     model = tiny_llama(97)
     texts = prompts(3)
-    decoder = Decoder(model.eval(), sampling(), max_rows=8)
+    decoder = Decoder(model.eval(), sampling(), num_slots=8)
     together = decoder.decode([Request(text, [10, 11, 12]) for text in texts])
     assert decoder.stats.prefill_tokens <= 3 * max(map(len, texts))
     apart = decode(model, [Request(text, [seed]) for text in texts for seed in (10, 11, 12)])
@@ -141,10 +143,10 @@ def test_repetition_penalty_equals_transformers():
 
 
 def test_cost_follows_the_tokens():
-    """Row-steps equal the generated tokens but those that prefills draw, however unequal the lengths."""
+    """Steps pass the generated tokens but those that prefills draw, however unequal the lengths."""
     model = tiny_llama(97)
-    decoder = Decoder(model.eval(), sampling(), max_rows=4)
+    decoder = Decoder(model.eval(), sampling(), num_slots=4)
     completions = decoder.decode([Request(text, [index]) for index, text in enumerate(prompts(16))])
     lengths = [len(c[0].token_ids) for c in completions]
-    assert decoder.stats.row_steps == sum(lengths) - len(lengths)
+    assert decoder.stats.step_tokens == sum(lengths) - len(lengths)
     assert max(lengths) >= 2 * sum(lengths) / len(lengths)
