@@ -15,6 +15,7 @@ from engine.data.batch import Sample
 from engine.loss.divergence import DivergenceSpec
 from engine.rollout.completer import Completion, Request
 from engine.rollout.decoder import Decoder
+from engine.rollout.partitioned import PartitionedCompleter
 from engine.rollout.placement import COMPLETERS
 from engine.rollout.rollout import Rollout, deal, describe
 from engine.rollout.sampling import Sampling
@@ -68,17 +69,11 @@ def test_training_is_bit_identical_to_never_having_generated(ranks):
 def check_partitioned_lengths() -> list[int]:
     """Rank r wants 1 + 8 r tokens, rank 0 none at all, with parameters fetched layer by layer."""
     student = build(Case(2))[0]
-    student.engine.eval()
-
-    def any_rank(active: bool) -> bool:
-        flag = torch.tensor([int(active)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
-
     longest = 1 + 8 * dist.get_rank()
-    decoder = Decoder(student.model, Sampling((), 1001, 64, longest), num_slots=2, synchroniser=any_rank)
+    completer = PartitionedCompleter(student, Sampling((), 1001, 64, longest), 2, student.engine.device)
     requests = [Request([1, 2, 3 + i], [i]) for i in range(0 if dist.get_rank() == 0 else 3)]
-    lengths = [len(c[0].token_ids) for c in decoder.decode(requests)]
+    with completer.ready():
+        lengths = [len(c[0].token_ids) for c in completer.complete(requests)]
     student.engine.destroy()
     return lengths
 
