@@ -43,8 +43,8 @@ from engine.models.backbone import (
     read_model_config,
 )
 from engine.models.student import Student, build_student
-from engine.rollout.decoder import Sampling
 from engine.rollout.rollout import Rollout
+from engine.rollout.sampling import Sampling
 from engine.teacher import AlternatingTeacher, Teacher, build_teacher
 from engine.tracking.bad_steps import BadSteps
 from engine.tracking.performance import Meter

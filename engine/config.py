@@ -19,6 +19,7 @@ from engine.paths import expand_path
 from engine.values import as_bool, coerce, plain
 
 DIVERGENCE_KINDS = ("jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+GENERATION_PLACEMENTS = ("gathered", "partitioned")  # `auto` takes one of these
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TRACKERS = ("wandb", "tensorboard", "all", "none")
 # What the engine itself hands to a chat template or to `apply_chat_template`.
@@ -117,7 +118,7 @@ class GKDConfig:
     generation_placement: str = option(
         "auto",
         "`gathered`: the whole student on each rank to decode; `partitioned`: layer by layer; `auto`: by free memory.",
-        ("auto", "gathered", "partitioned"),
+        ("auto", *GENERATION_PLACEMENTS),
     )
     rollout_reuse: int = option(1, "Optimizer steps that train on one batch of rollouts.")
     log_completions_steps: int | None = option(

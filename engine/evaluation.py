@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -41,7 +41,7 @@ class Evaluator:
     def run(self) -> Evaluation:
         """Samples use the same seeds every time, so that two evaluations differ by the student alone."""
         completions = self.rollout.complete([s for b in self.batches for s in b], 1, ("evaluation",), self.student)
-        own = [[self._sampled(s, completions.token_ids[s.index]) for s in batch] for batch in self.batches]
+        own = [[s.with_response(completions.token_ids[s.index]) for s in batch] for batch in self.batches]
         shard = self.student.open_step(train=False)
         references, _ = self._means(self.batches, shard)
         samples, _ = self._means(own, shard)
@@ -55,10 +55,6 @@ class Evaluator:
         }
         first = next((s for batch in self.batches for s in batch), NOTHING)
         return Evaluation(metrics, first.prompt_ids, completions.token_ids.get(first.index, []))
-
-    def _sampled(self, sample: Sample, answer: list[int]) -> Sample:
-        mask = [False] * len(sample.prompt_ids) + [True] * len(answer)
-        return replace(sample, input_ids=sample.prompt_ids + answer, response_mask=mask)
 
     @torch.no_grad()
     def _means(self, batches: list[list[Sample]], shard) -> tuple[dict[str, float], float]:

@@ -23,7 +23,9 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LogitsProcessor
 
 from engine.bench.measure import measure
-from engine.rollout.decoder import Decoder, Request, Sampling
+from engine.rollout.completer import Request
+from engine.rollout.decoder import Decoder
+from engine.rollout.sampling import Sampling
 
 STOP_ID = 0
 

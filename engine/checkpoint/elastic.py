@@ -23,6 +23,7 @@ import torch.distributed as dist
 from engine.checkpoint.manifest import MANIFEST
 from engine.config import GKDConfig
 from engine.data.batch import Sample
+from engine.data.order import copy_indices, places_of_rank
 from engine.errors import CheckpointError
 from engine.zero.settings import read_deepspeed
 
@@ -145,13 +146,12 @@ def remove_universal_copies(folder: Path) -> None:
 def rollouts_of_rank(path: Path, config: GKDConfig, rank: int, world_size: int) -> list[list[Sample]] | None:
     """This rank's share of the rollouts that a checkpoint holds, whatever ranks wrote them; None where it has none.
 
-    A prompt at place i of the global batch goes to micro-batch `i // (W*B)` of rank `(i % (W*B)) // B`, as in
-    `StepData`, and its `num_generations` copies, numbered i * copies + copy, stay with it.
+    A prompt is at the rank that `places_of_rank` gives its row to, as in `StepData`, and its copies stay with it.
     """
     files = sorted(path.glob("rollouts_*.json"))
     if not files:
         return None
     samples = {row["index"]: Sample(**row) for file in files for batch in json.loads(file.read_text()) for row in batch}
     size, copies = config.per_device_train_batch_size, config.num_generations
-    starts = range(rank * size, len(samples) // copies, world_size * size)
-    return [[samples[index] for index in range(start * copies, (start + size) * copies)] for start in starts]
+    batches = places_of_rank(len(samples) // copies, rank, world_size, size)
+    return [[samples[i] for place in places for i in copy_indices(place, copies)] for places in batches]

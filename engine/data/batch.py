@@ -8,7 +8,7 @@ Shapes: B sequences, T packed positions (sum of the lengths), N response tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,15 @@ class Sample:
     @property
     def num_response_tokens(self) -> int:
         return sum(self.response_mask[1:])  # nothing predicts the first token
+
+    def with_response(self, token_ids: list[int], index: int | None = None) -> Sample:
+        """The prompt with this response, all of it marked; under another `index` where one is given."""
+        return replace(
+            self,
+            input_ids=self.prompt_ids + token_ids,
+            response_mask=[False] * len(self.prompt_ids) + [True] * len(token_ids),
+            index=self.index if index is None else index,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The order of rows, as a pure function of a seed: no state, no ranks, no datasets.
+"""The order of rows, as a pure function of a seed, and which rank takes what: no state, no datasets.
 
 Position k of a run is row `permutation(seed, k // n)[k % n]`: epochs one after another. So a run resumes from one
-integer, at any world size.
+integer, at any world size. Ranks are numbers here.
 """
 
 from __future__ import annotations
@@ -32,6 +32,23 @@ def shuffled(items: Iterable[Item], generator: np.random.RandomState, buffer_siz
         yield buffer[place]
         buffer[place] = item
     yield from (buffer[place] for place in generator.permutation(len(buffer)))
+
+
+def places_of_rank(count: int, rank: int, world_size: int, batch_size: int) -> list[range]:
+    """The places in a global batch of `count` that a rank takes, one range for each of its micro-batches.
+
+    With W ranks and B places in a micro-batch, place i goes to micro-batch `i // (W*B)` of rank `(i % (W*B)) // B`.
+    Every rank gets the same number of micro-batches; where W*B does not divide `count`, the last may be shorter, or
+    empty.
+    """
+    num_batches = -(-count // (world_size * batch_size))
+    starts = [(micro * world_size + rank) * batch_size for micro in range(num_batches)]
+    return [range(min(start, count), min(start + batch_size, count)) for start in starts]
+
+
+def copy_indices(index: int, copies: int) -> range:
+    """The `index` of each sample that is written for the prompt of sample `index`."""
+    return range(index * copies, (index + 1) * copies)
 
 
 class DataOrder:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.data.encoding import RowEncoder
+from engine.data.order import places_of_rank
 from engine.data.rows import COLUMNS
 from engine.data.selection import MapRows, StreamRows
 from engine.data.sources import as_source, keep_columns, load_rows
@@ -75,8 +76,8 @@ def needed_answers(config: GKDConfig) -> str:
 class StepData:
     """The samples that a rank trains on at a step: a pure function of (seed, number of the global batch, place in it).
 
-    A global batch has A*W*B rows (accumulation, world, per device). Row i goes to micro-batch `i // (W*B)` of rank
-    `(i % (W*B)) // B`, as a sample whose `index` is i.
+    A global batch has A*W*B rows (accumulation, world, per device). Row i goes where `places_of_rank` says, as a sample
+    whose `index` is i.
     """
 
     def __init__(
@@ -114,11 +115,7 @@ class StepData:
         """
         first, count = number * self.global_batch, self.global_batch
         sample = self._rows.sampler(first, count, self._seed, self._shuffle, answered)
-        batches = []
-        for micro in range(self._accumulation):
-            start = (micro * self._world_size + self._rank) * self._batch
-            batches.append([sample(i) for i in range(start, start + self._batch)])
-        return batches
+        return [[sample(i) for i in p] for p in places_of_rank(count, self._rank, self._world_size, self._batch)]
 
 
 def eval_batches(rows: MapRows, rank: int, world_size: int, batch_size: int) -> list[list[Sample]]:
@@ -127,9 +124,4 @@ def eval_batches(rows: MapRows, rank: int, world_size: int, batch_size: int) -> 
     Every rank gets the same number of batches; the last may be shorter, or empty. A sample's `index` is its row's
     number in the source.
     """
-    num_batches = -(-len(rows) // (world_size * batch_size))
-    batches = []
-    for number in range(num_batches):
-        start = (number * world_size + rank) * batch_size
-        batches.append([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-    return batches
+    return [[rows[i] for i in places] for places in places_of_rank(len(rows), rank, world_size, batch_size)]

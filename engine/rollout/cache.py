@@ -1,9 +1,9 @@
 """The decoder's KV cache: transformers' dynamic layers, of which those without a window grow in place.
 
 Written against the dynamic cache layers of transformers 5.23, whose `keys`, `values` and `cumulative_length` this room
-and the decoder edit. `DynamicLayer` itself concatenates, which copies the whole cache for every token.
+edits. `DynamicLayer` itself concatenates, which copies the whole cache for every token.
 
-Shapes: R rows, heads, L columns, head size.
+Shapes: B sequences, heads, L columns, head size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if not held.numel():
         return new.clone(memory_format=torch.contiguous_format)
     before, length = held.shape[2], held.shape[2] + new.shape[2]
-    # A row of a head holds stride(1) / stride(2) columns, and a cut on the left moved the start into it.
+    # A head of a sequence holds stride(1) / stride(2) columns, and a cut on the left moved the start into them.
     if length > (held.stride(1) - held.storage_offset()) // held.stride(2):
         grown = held.new_empty(*held.shape[:2], length + SPARE_COLUMNS, held.shape[3])[:, :, :length]
         grown[:, :, :before] = held
@@ -62,6 +62,14 @@ def _kept_columns(layer: DynamicLayer, length: int) -> int:
     return min(length, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else length
 
 
+def join(ours: DynamicCache, theirs: DynamicCache) -> None:
+    """Append the sequences of `theirs`, which has as many columns and is left empty, to those of `ours`."""
+    for held, new in zip(ours.layers, theirs.layers, strict=True):
+        held.keys = torch.cat([held.keys, new.keys])
+        held.values = torch.cat([held.values, new.values])
+        new.keys = new.values = None
+
+
 def pad_left(cache: DynamicCache, length: int) -> None:
     """Make the cache look as if `length` columns had been seen, with masked ones on the left."""
     for layer in cache.layers:
@@ -73,7 +81,7 @@ def pad_left(cache: DynamicCache, length: int) -> None:
 
 
 def trim_left(cache: DynamicCache, columns: int) -> None:
-    """Forget the leftmost columns, which no row uses."""
+    """Forget the leftmost columns, which no sequence uses."""
     for layer in cache.layers:
         kept = _kept_columns(layer, layer.get_seq_length() - columns)
         layer.keys, layer.values = (x[:, :, x.shape[-2] - kept :] for x in (layer.keys, layer.values))

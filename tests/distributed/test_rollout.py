@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from engine.cluster.collectives import all_gather_lists
+from engine import GKDConfig
+from engine.cluster.collectives import all_gather_lists, draw_seed
+from engine.data.batch import Sample
 from engine.loss.divergence import DivergenceSpec
-from engine.rollout.decoder import Decoder, Request, Sampling
-from engine.rollout.rollout import deal, describe
+from engine.rollout.completer import Completion, Request
+from engine.rollout.decoder import Decoder
+from engine.rollout.partitioned import PartitionedCompleter
+from engine.rollout.placement import COMPLETERS
+from engine.rollout.rollout import Rollout, deal, describe
+from engine.rollout.sampling import Sampling
 from engine.zero import partitions
 from tests.library.steps import Case, build_case, train_step
 
@@ -34,7 +43,7 @@ def generate(student) -> None:
     """Rank 0 stops after one token, the others after 20."""
     longest = 1 if dist.get_rank() == 0 else 20
     with student.gathered() as model:
-        decoder = Decoder(model, Sampling((), 1001, 64, longest), max_rows=4)
+        decoder = Decoder(model, Sampling((), 1001, 64, longest), num_slots=4)
         completions = decoder.decode([Request([1, 2, 3 + i], [i]) for i in range(6)])
         assert {len(c[0].token_ids) for c in completions} == {longest}
         assert partitions.count_gathered(model) > 0
@@ -60,17 +69,11 @@ def test_training_is_bit_identical_to_never_having_generated(ranks):
 def check_partitioned_lengths() -> list[int]:
     """Rank r wants 1 + 8 r tokens, rank 0 none at all, with parameters fetched layer by layer."""
     student = build_case(Case(2))[0]
-    student.engine.eval()
-
-    def any_rank(active: bool) -> bool:
-        flag = torch.tensor([int(active)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
-
     longest = 1 + 8 * dist.get_rank()
-    decoder = Decoder(student.model, Sampling((), 1001, 64, longest), max_rows=2, synchroniser=any_rank)
+    completer = PartitionedCompleter(student, Sampling((), 1001, 64, longest), 2, student.engine.device)
     requests = [Request([1, 2, 3 + i], [i]) for i in range(0 if dist.get_rank() == 0 else 3)]
-    lengths = [len(c[0].token_ids) for c in decoder.decode(requests)]
+    with completer.ready():
+        lengths = [len(c[0].token_ids) for c in completer.complete(requests)]
     student.engine.destroy()
     return lengths
 
@@ -79,6 +82,55 @@ def check_partitioned_lengths() -> list[int]:
 def test_partitioned_ranks_stop_at_any_length(ranks, world_size):
     results = ranks(world_size).run(check_partitioned_lengths)
     assert results == [[1 + 8 * rank] * (3 if rank else 0) for rank in range(world_size)]
+
+
+class Echo:
+    """A backend that decodes nothing: the prompt backwards, then a token of the seed."""
+
+    def __init__(self, writer, sampling, num_slots, device) -> None:
+        self.made_for = (writer.name, sampling.vocab_size, num_slots, device.type)
+
+    def ready(self):
+        return nullcontext()
+
+    def complete(self, requests: list[Request]) -> list[list[Completion]]:
+        assert self.made_for == ("student", 1001, 64, "cpu")
+        return [[Completion([*r.prompt_ids[::-1], s % 1001], stopped=s % 2 == 0) for s in r.seeds] for r in requests]
+
+
+def rollout_prompts(rank: int) -> list[Sample]:
+    """Rank 0 has a long prompt and three short ones, rank 1 two of one token."""
+    prompts = [[index] * length for index, length in enumerate((9, 1, 2, 3, 1, 1))]
+    own = prompts[:4] if rank == 0 else prompts[4:]
+    return [Sample(prompt, [*prompt, 7], [False] * len(prompt) + [True], index=prompt[0]) for prompt in own]
+
+
+def check_backend() -> tuple[list[list[Sample]], dict[str, float]]:
+    config = GKDConfig(num_generations=2)
+    config.generation_placement = "echo"
+    samples = rollout_prompts(dist.get_rank())
+    rollout = Rollout(config, Sampling((), 1001, 16, 8), dist.get_rank(), 2, torch.device("cpu"))
+    COMPLETERS["echo"] = Echo
+    try:
+        writer = SimpleNamespace(name="student", model=torch.nn.Linear(1, 1))
+        return rollout.generate([samples[:1], samples[1:]], 3, writer)
+    finally:
+        del COMPLETERS["echo"]
+
+
+def test_another_backend_is_a_class_and_a_line(ranks):
+    """Each rank gets its own samples back, whoever wrote them, in its micro-batches, each from its own seed."""
+    config = GKDConfig()
+    for rank, (batches, metrics) in enumerate(ranks(2).run(check_backend)):
+        samples = rollout_prompts(rank)
+        seeds = [draw_seed(config.seed, "rollout", 3, 2 * s.index + copy) for s in samples for copy in range(2)]
+        expected = [
+            sample.with_response([*sample.prompt_ids[::-1], seed % 1001], 2 * sample.index + place % 2)
+            for place, (sample, seed) in enumerate(zip([s for s in samples for _ in range(2)], seeds, strict=True))
+        ]
+        assert batches == [expected[:2], expected[2:]]
+        assert metrics["rollout/tokens"] == 2 * (9 + 1 + 2 + 3 + 1 + 1 + 6)
+        assert metrics["rollout/share_clipped"] == 1 / 6  # 9 + 8 tokens are more than 16
 
 
 def check_lists() -> list:

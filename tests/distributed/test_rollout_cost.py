@@ -11,36 +11,38 @@ from engine.bench.measure import _reset_peak, _status_bytes
 from engine.bench.rollout import Size, bench, build_model
 from engine.cluster.collectives import build_vocab_groups
 from engine.models.student import build_student
-from engine.rollout.decoder import Decoder, Request, Sampling
-from engine.rollout.rollout import parameter_bytes
+from engine.rollout.completer import Request
+from engine.rollout.decoder import Decoder
+from engine.rollout.placement import parameter_bytes
+from engine.rollout.sampling import Sampling
 from tests.library.ranks import Ranks
 
-ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
+SLOTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
 
 
 def peak_while_generating() -> tuple[int, int, int]:
-    """Peak memory over that before, whole student, and KV cache of the live rows, in bytes."""
+    """Peak memory over that before, whole student, and KV cache of the live sequences, in bytes."""
     config = GKDConfig(bf16=False, gradient_checkpointing=False)
     model = build_model(Size(prompt_tokens=PROMPT_TOKENS, max_new_tokens=NEW_TOKENS))
     groups = build_vocab_groups(dist.get_world_size(), dist.get_world_size())
     student = build_student(config, model, groups, model.config.vocab_size, num_steps=1)
     sampling = Sampling((), model.config.vocab_size, 4096, NEW_TOKENS)
-    requests = [Request([1 + i] * PROMPT_TOKENS, [i]) for i in range(ROWS)]
+    requests = [Request([1 + i] * PROMPT_TOKENS, [i]) for i in range(SLOTS)]
     peaks = []
     for requests_of_this_run in (requests[:1], requests):  # the first one imports and connects
         before = _reset_peak(on_cpu=True)
         with student.gathered() as whole:
-            Decoder(whole, sampling, ROWS).decode(requests_of_this_run)
+            Decoder(whole, sampling, SLOTS).decode(requests_of_this_run)
         peaks.append(_status_bytes("VmHWM") - before)
     text = model.config
     per_token = (
         2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
     )
-    return peaks[-1], parameter_bytes(student.model), ROWS * (PROMPT_TOKENS + NEW_TOKENS) * per_token
+    return peaks[-1], parameter_bytes(student.model), SLOTS * (PROMPT_TOKENS + NEW_TOKENS) * per_token
 
 
 def test_memory_is_the_student_and_the_cache(monkeypatch):
-    """A student of 29M parameters on two ranks: whole student + KV cache of the live rows + 10 %."""
+    """A student of 29M parameters on two ranks: whole student + KV cache of the live sequences + 10 %."""
     monkeypatch.setenv(
         "MALLOC_MMAP_THRESHOLD_", "100000"
     )  # freed blocks go back at once, as a device's allocator reuses them

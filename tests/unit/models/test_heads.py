@@ -23,7 +23,9 @@ from engine.models.backbone import (
     read_model_config,
 )
 from engine.models.structure import describe_head, find_transform, freeze_unused, text_backbone
-from engine.rollout.decoder import Decoder, Request, Sampling
+from engine.rollout.completer import Request
+from engine.rollout.decoder import Decoder
+from engine.rollout.sampling import Sampling
 from tests.library.families import CONFIGS, GPT, MHA, MULTIMODAL, SIZES, VISION
 from tests.library.models import build, tiny_llama
 

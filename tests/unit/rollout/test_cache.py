@@ -12,9 +12,9 @@ from engine.rollout.cache import SPARE_COLUMNS, SpareLayer, build_cache, pad_lef
 CONFIG = LlamaConfig(num_hidden_layers=1)
 
 
-def states(rows: int, heads: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def states(sequences: int, heads: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values as attention hands them over: slices of one projection, heads and columns swapped."""
-    joint = torch.randn(rows, columns, heads, 10, generator=generator).transpose(1, 2)
+    joint = torch.randn(sequences, columns, heads, 10, generator=generator).transpose(1, 2)
     return joint[..., :6], joint[..., 6:]
 
 
@@ -25,17 +25,17 @@ def test_any_sequence_of_edits_equals_concatenation(seed, heads):
     ours, theirs = build_cache(CONFIG), build_cache(CONFIG)
     theirs.layers = [DynamicLayer()]
     assert type(ours.layers[0]) is SpareLayer
-    rows = 4
+    sequences = 4
     for cache in (ours, theirs):
-        cache.update(*states(rows, heads, 7, torch.Generator().manual_seed(99)), 0)
+        cache.update(*states(sequences, heads, 7, torch.Generator().manual_seed(99)), 0)
     for edit in torch.randint(0, 8, (200,), generator=generator).tolist():
         if edit < 5:
-            new = states(rows, heads, 1 + 2 * (edit == 4), generator)
+            new = states(sequences, heads, 1 + 2 * (edit == 4), generator)
             for cache in (ours, theirs):
                 returned = cache.update(*(x.clone() for x in new), 0)
                 assert returned[0].shape == cache.layers[0].keys.shape
         elif edit == 5:
-            kept = torch.randint(0, rows, (4,), generator=generator)
+            kept = torch.randint(0, sequences, (4,), generator=generator)
             for cache in (ours, theirs):
                 cache.batch_select_indices(kept)
         else:

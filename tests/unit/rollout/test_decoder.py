@@ -7,7 +7,9 @@ import torch
 from scipy.stats import chisquare
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.rollout.decoder import Decoder, Request, Sampling, inverse_cdf
+from engine.rollout.completer import Request
+from engine.rollout.decoder import Decoder
+from engine.rollout.sampling import Sampling, inverse_cdf
 from tests.library.families import CONFIGS
 from tests.library.models import build, tiny_llama
 
@@ -25,8 +27,8 @@ def sampling(**changes) -> Sampling:
     return Sampling(**{"stop_ids": STOPS, "vocab_size": 97, "context_size": 64, "max_new_tokens": 24} | changes)
 
 
-def decode(model, requests, rows=4, **changes):
-    return Decoder(model.eval(), sampling(**changes), rows).decode(requests)
+def decode(model, requests, num_slots=4, **changes):
+    return Decoder(model.eval(), sampling(**changes), num_slots).decode(requests)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -35,7 +37,7 @@ def test_greedy_equals_generate(name):
     model = build(CONFIGS[name]).eval()
     texts = prompts()
     free = [c[0].token_ids for c in decode(model, [Request(t, [0]) for t in texts], greedy=True, stop_ids=())]
-    stops = tuple({tokens[2 * row] for row, tokens in enumerate(free[:8])})  # so that rows end at different lengths
+    stops = tuple({tokens[2 * place] for place, tokens in enumerate(free[:8])})  # so that they end at other lengths
     options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": list(stops), "pad_token_id": 0}
     alone = [
         model.generate(torch.tensor([t]), attention_mask=torch.ones(1, len(t)), **options)[0, len(t) :] for t in texts
@@ -45,20 +47,20 @@ def test_greedy_equals_generate(name):
     padded = torch.tensor([[0] * (width - len(t)) + t for t in texts])
     mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in texts])
     together = model.generate(padded, attention_mask=mask, **options)[:, width:].tolist()
-    assert [row[: len(e)] for row, e in zip(together, expected, strict=True)] == expected
+    assert [tokens[: len(e)] for tokens, e in zip(together, expected, strict=True)] == expected
     assert len({len(e) for e in expected}) >= 2
-    for rows in (1, 4, 64):
-        completions = decode(model, [Request(t, [0]) for t in texts], rows, greedy=True, stop_ids=stops)
+    for num_slots in (1, 4, 64):
+        completions = decode(model, [Request(t, [0]) for t in texts], num_slots, greedy=True, stop_ids=stops)
         assert [c[0].token_ids for c in completions] == expected
 
 
 def test_a_sample_depends_on_its_seed_alone():
-    """Same tokens for any number of rows, any order and any company; other seeds give other tokens."""
+    """Same tokens for any number of slots, any order and any company; other seeds give other tokens."""
     model = tiny_llama(97)
     requests = [Request(text, [100 + index]) for index, text in enumerate(prompts())]
     alone = [decode(model, [request], temperature=0.8)[0][0].token_ids for request in requests]
-    for rows in (2, 5, 64):
-        assert [c[0].token_ids for c in decode(model, requests, rows, temperature=0.8)] == alone
+    for num_slots in (2, 5, 64):
+        assert [c[0].token_ids for c in decode(model, requests, num_slots, temperature=0.8)] == alone
     backwards = decode(model, requests[::-1], 3, temperature=0.8)[::-1]
     assert [c[0].token_ids for c in backwards] == alone
     other = decode(model, [Request(r.prompt_ids, [7]) for r in requests], temperature=0.8)
@@ -68,13 +70,13 @@ def test_a_sample_depends_on_its_seed_alone():
 def test_completions_of_one_prompt_share_its_prefill():
     model = tiny_llama(97)
     texts = prompts(3)
-    decoder = Decoder(model.eval(), sampling(), max_rows=8)
+    decoder = Decoder(model.eval(), sampling(), num_slots=8)
     together = decoder.decode([Request(text, [10, 11, 12]) for text in texts])
     assert decoder.stats.prefill_tokens <= 3 * max(map(len, texts))
     apart = decode(model, [Request(text, [seed]) for text in texts for seed in (10, 11, 12)])
-    assert [c.token_ids for row in together for c in row] == [c.token_ids for row in apart for c in row]
-    more_than_rows = decode(model, [Request(texts[0], list(range(10, 20)))], rows=4)
-    assert [c.token_ids for c in more_than_rows[0]][:3] == [c.token_ids for c in together[0]]
+    assert [c.token_ids for one in together for c in one] == [c.token_ids for one in apart for c in one]
+    more_than_slots = decode(model, [Request(texts[0], list(range(10, 20)))], num_slots=4)
+    assert [c.token_ids for c in more_than_slots[0]][:3] == [c.token_ids for c in together[0]]
 
 
 def test_samples_follow_the_distribution():
@@ -141,10 +143,10 @@ def test_repetition_penalty_equals_transformers():
 
 
 def test_cost_follows_the_tokens():
-    """Row-steps equal the generated tokens but those that prefills draw, however unequal the lengths."""
+    """Steps pass the generated tokens but those that prefills draw, however unequal the lengths."""
     model = tiny_llama(97)
-    decoder = Decoder(model.eval(), sampling(), max_rows=4)
+    decoder = Decoder(model.eval(), sampling(), num_slots=4)
     completions = decoder.decode([Request(text, [index]) for index, text in enumerate(prompts(16))])
     lengths = [len(c[0].token_ids) for c in completions]
-    assert decoder.stats.row_steps == sum(lengths) - len(lengths)
+    assert decoder.stats.step_tokens == sum(lengths) - len(lengths)
     assert max(lengths) >= 2 * sum(lengths) / len(lengths)
