@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.completeness import require_tools, with_function_calls
+from engine.data.completeness import require_tools, room_of, with_function_calls
 from engine.data.marks import Message, Rendering, Span
 from engine.data.template import NO_INPUT, ChatTemplate, TemplateInput
 from engine.data.turns import Located, locate
@@ -103,8 +103,11 @@ def turns_that_begin_within(
     if len(offsets) <= max_length:
         return turns
     end, marked = offsets[max_length - 1][1], chat.render_marked(messages)
-    starts = {turn: marked.by_message[turn][0][0][0] for turn in turns if turn in marked.by_message}
-    return [turn for turn in turns if starts.get(turn, 0) < end]
+    # a turn without a text is a call behind the header that follows the message before it
+    starts = [
+        marked.by_message[t][0][0][0] if t in marked.by_message else room_of(messages, marked, t)[0] for t in turns
+    ]
+    return [turn for turn, start in zip(turns, starts, strict=True) if start < end]
 
 
 def encode_located(tokenizer: PreTrainedTokenizerBase, located: Located) -> Encoded:

@@ -39,7 +39,7 @@ def require_all_texts(chat: ChatTemplate, messages: list[Message], whole: Render
         notes[f"the chat template leaves the {what} of earlier assistant turns out"] += 1
     for number, message in enumerate(messages):
         if message.get("tool_calls"):
-            require_calls(messages, whole, number)
+            require_calls(chat, messages, whole, number)
 
 
 def require_tools(chat: ChatTemplate, text: str) -> None:
@@ -61,22 +61,28 @@ def is_written_last(chat: ChatTemplate, messages: list[Message], piece: Piece) -
     return all(p in alone.spans for p in wanted)
 
 
-def require_calls(messages: list[Message], whole: Rendering, number: int) -> int:
-    """Where the last text of a message's tool calls ends; ValueError where one is not in the rendering."""
+def require_calls(chat: ChatTemplate, messages: list[Message], whole: Rendering, number: int) -> int:
+    """Where the last text of a message's tool calls ends; ValueError where one is not in the rendering.
+
+    The message's own text does not count: it may say what it is about to call.
+    """
     start, stop = room_of(messages, whole, number)
-    end = start
+    region = whole.text[start:stop]
+    for (first, last), _ in whole.by_message.get(number, []):
+        region = region[: first - start] + "\0" * (last - first) + region[last - start :]
+    end = 0
     for call in messages[number]["tool_calls"]:
-        function, start = call["function"], end
+        function, begin = call["function"], end
         for text in [function["name"], *texts_of(function.get("arguments"))]:
             forms = {text, text.strip(), json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
-            found = [place + len(form) for form in forms if (place := whole.text.find(form, start, stop)) >= 0]
-            if not found:
+            found = [place + len(form) for form in forms if (place := region.find(form, begin)) >= 0]
+            if not found or not chat.shape.writes_calls:
                 raise ValueError(
                     f"the chat template leaves out the tool call of message {number + 1} ({text!r:.60} is not in what "
                     "it writes): use a template for tool calls, or remove the call from the row"
                 )
             end = max(end, *found)
-    return end
+    return start + end
 
 
 def with_function_calls(message: Message, number: int) -> Message:
@@ -98,20 +104,17 @@ def with_function_calls(message: Message, number: int) -> Message:
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """The texts inside arguments of a tool call, names included."""
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        yield from [value] if isinstance(parsed, str) else texts_of(parsed)
-    elif isinstance(value, dict):
+    """The texts, figures and names inside the arguments of a tool call; of truth values and nulls, which templates
+    write in their own ways, none."""
+    if isinstance(value, dict):
         for key, item in value.items():
             yield key
-            yield from texts_of(item) if not isinstance(item, str) else [item]
+            yield from texts_of(item)
     elif isinstance(value, list):
         for item in value:
-            yield from texts_of(item) if not isinstance(item, str) else [item]
+            yield from texts_of(item)
+    elif isinstance(value, str) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        yield str(value)
 
 
 def room_of(messages: list[Message], whole: Rendering, number: int) -> Span:

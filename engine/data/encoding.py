@@ -27,9 +27,10 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.chat import Encoded, encode_conversation, encode_prompt_completion, uses_date
+from engine.data.messages import MESSAGE_KEYS
 from engine.data.rows import Row, parse_row
 from engine.data.sources import JsonLines, Source, fingerprint, is_arrow, place_of, read_rows
-from engine.data.template import NO_INPUT, TemplateInput
+from engine.data.template import NO_INPUT, TemplateInput, variables_of
 from engine.data.vocabulary import check_ids
 
 CACHE_FOLDER = "gkd-engine"  # under HF_DATASETS_CACHE
@@ -85,7 +86,7 @@ class RowEncoder:
 
     def __post_init__(self) -> None:
         for name in self.template.kwargs:
-            if not self._reads(name, self.tokenizer.get_chat_template()):
+            if name not in variables_of(self.tokenizer.get_chat_template()):
                 raise ValueError(f"chat_template_kwargs has `{name}`, and the chat template has no such variable")
 
     def outcome(self, raw: Any, place: str, from_arrow: bool = False) -> Outcome:
@@ -107,20 +108,20 @@ class RowEncoder:
         if row.messages is None:
             return encode_prompt_completion(self.tokenizer, row.prompt, row.completion, max_length=self.max_length)
         template = self.template
+        for key in {key for message in row.messages for key in message} - MESSAGE_KEYS:
+            if not re.search(rf"\b{re.escape(key)}\b", self.tokenizer.get_chat_template()):
+                notes[f"`{key}` of messages is not read by the chat template"] += 1
         if row.tools or row.template_kwargs:
             text = self.tokenizer.get_chat_template(tools=row.tools)
-            if row.tools and not self._reads("tools", text):
+            if row.tools and "tools" not in variables_of(text):
                 raise ValueError("has `tools`, and the chat template writes none: describe them in a system message")
             for name in row.template_kwargs:
-                if not self._reads(name, text):
+                if name not in variables_of(text):
                     notes[f"`{name}` in chat_template_kwargs is not a variable of the chat template"] += 1
             template = replace(template, tools=row.tools, kwargs={**template.kwargs, **row.template_kwargs})
         return encode_conversation(
             self.tokenizer, row.messages, row.responses, max_length=self.max_length, template=template, notes=notes
         )
-
-    def _reads(self, name: str, template: str) -> bool:
-        return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
     def key(self) -> str:
         """A digest of everything beside the rows that token ids depend on."""

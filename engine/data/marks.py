@@ -66,8 +66,11 @@ class Rendering:
 class Marks:
     """Private-use characters around texts: put in before a conversation is rendered, taken out of the rendering."""
 
-    def __init__(self, messages: list[Message]) -> None:
-        self._first = free_private_use(json.dumps(messages, ensure_ascii=False, default=str))
+    def __init__(self, messages: list[Message], others: Any = None) -> None:
+        """`others` is what else the rendering may hold."""
+        text = json.dumps([messages, others], ensure_ascii=False, default=str)
+        # of each message its reasoning and its content, which think tags cut into parts; two marks around each
+        self._first = free_private_use(text, 2 * (3 * len(messages) + text.count("think>")))
         self._pieces: list[Piece] = []
 
     def put(self, number: int, message: Message) -> Message:
@@ -125,7 +128,14 @@ class Marks:
         return Rendering(text, tagged, tuple(self._pieces), spans, tuple(repeated))
 
 
-def free_private_use(text: str) -> int:
-    """The first private-use character from which on `text` has none."""
-    taken = [ord(char) for char in set(text) if ord(char) >= PRIVATE_USE.start]
-    return max(taken, default=PRIVATE_USE.start - 1) + 1
+def free_private_use(text: str, count: int) -> int:
+    """The first of `count` private-use characters in a row that `text` does not have.
+
+    Raises:
+        ValueError: where it has too many of them.
+    """
+    taken = sorted({ord(char) for char in set(text) if ord(char) >= PRIVATE_USE.start})
+    for before, after in zip([PRIVATE_USE.start - 1, *taken], [*taken, PRIVATE_USE.stop], strict=True):
+        if after - before > count:
+            return before + 1
+    raise ValueError("the text has so many private-use characters that none are left to mark its parts with")

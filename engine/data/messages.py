@@ -13,7 +13,9 @@ from typing import Any
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 ROLES = ("system", "user", "assistant", "tool")
 TRAIN_FLAGS = ("weight", "train_on_turn", "loss", "train")  # OpenAI and Mistral, Axolotl, ms-swift, Axolotl again
-REFUSED_KEYS = ("label", "train_detail", *MEDIA)
+REFUSED_KEYS = ("label", "train_detail", "prefix", *MEDIA)
+# What this engine reads of a message; any other key is for the chat template.
+MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning"}
 SHAREGPT = (
     "is ShareGPT's form: give `messages` with `role` and `content` instead (`from`: human becomes user, gpt becomes "
     "assistant; `value` becomes `content`), for example by `datasets.map` before training"
@@ -41,6 +43,8 @@ def check_messages(
         for key in REFUSED_KEYS:
             if is_filled(kept.get(key)):
                 raise ValueError(f"{where}: `{key}` means something to other tools and nothing here: remove it")
+        if is_filled(kept.get("function_call")):
+            raise ValueError(f"{where}: `function_call` is OpenAI's older form: give `tool_calls`, a list of calls")
         trained[number - 1] = read_train_flags(kept, where)
         checked.append(check_message(kept, where, from_arrow))
     return checked, trained
@@ -59,6 +63,8 @@ def check_message(message: dict[str, Any], where: str, from_arrow: bool) -> dict
     if calls:
         kept = {"content": ""} | kept | {"tool_calls": calls}
     check_text(kept.get("content"), f"{where}: content", may_be_empty=bool(calls) or role in ("system", "tool"))
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        check_texts(kept.get(name), f"{where}: {name}")
     return kept
 
 
@@ -113,9 +119,11 @@ def read_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         name = function.get("name")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{what} has no name of a function: {call!r:.80}")
-        arguments = read_json(function.get("arguments") or {}, f"{what} ({name}): arguments")
+        arguments = read_json(function.get("arguments"), f"{what} ({name}): arguments")
+        arguments = {} if arguments is None else arguments
         if not isinstance(arguments, Mapping):
             raise ValueError(f"{what} ({name}): arguments must be a dict or its JSON text, is {arguments!r:.80}")
+        check_texts(arguments, f"{what} ({name}): arguments")
         function = {**function, "arguments": dict(arguments)}
         decoded.append(function if "function" not in call else {**call, "function": function})
     return decoded
@@ -150,6 +158,19 @@ def check_text(value: Any, what: str, may_be_empty: bool = False) -> None:
     broken = first_surrogate(value)
     if broken is not None:
         raise ValueError(f"{what} has {value[broken]!a} at character {broken + 1}, half of a pair: not valid text")
+
+
+def check_texts(value: Any, what: str) -> None:
+    """As `check_text`, for every text inside a value, which may be empty."""
+    if isinstance(value, str):
+        check_text(value, what, may_be_empty=True)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_texts(key, what)
+            check_texts(item, what)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_texts(item, what)
 
 
 def first_surrogate(text: str) -> int | None:

@@ -16,7 +16,7 @@ from engine.data.messages import MEDIA, SHAREGPT, check_messages, check_text, is
 
 # What is read of a row; a dataset's other columns are never decoded.
 COLUMNS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", "conversations", "conversation",
-           "system", "label", *MEDIA)  # fmt: skip
+           "system", "label", "weight", "functions", *MEDIA)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,13 @@ def refuse_columns(raw: Mapping[str, Any], place: str) -> None:
         raise ValueError(
             f"{place}: `label` marks good and bad completions, which would be trained on alike: keep the rows with "
             "label true and remove the column"
+        )
+    if is_filled(raw.get("functions")):
+        raise ValueError(f"{place}: `functions` is OpenAI's older form: give `tools`")
+    if raw.get("weight") is not None and raw["weight"] != 1:
+        raise ValueError(
+            f"{place}: weight={raw['weight']!r:.40} for a whole row is not taken: leave the row out, or give its "
+            "messages a weight"
         )
     system = raw.get("system")
     if isinstance(system, str) and system.strip() and not starts_with_system(raw.get("messages")):

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -52,6 +54,7 @@ class Shape:
         takes_parts: message contents must be lists of parts; it leaves texts out otherwise.
         takes_argument_text: the arguments of a tool call must be JSON text, not a dict.
         header: the generation prompt.
+        writes_calls: it writes tool calls, names and arguments.
         text_ends: what may stand behind the last word of an assistant's turn, through its last control token.
         call_ends: the special token that ends a turn with tool calls.
         stops: the control tokens at which an assistant that has the floor gives it up.
@@ -60,6 +63,7 @@ class Shape:
     takes_parts: bool = False
     takes_argument_text: bool = False
     header: str = ""
+    writes_calls: bool = False
     text_ends: tuple[str, ...] = ()
     call_ends: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
@@ -75,7 +79,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def shape(self) -> Shape:
-        return learn_shape(self.tokenizer, self.source, json.dumps(dict(self.given.kwargs), default=str))
+        used = {key: value for key, value in self.given.kwargs.items() if is_switch(value)}
+        used = {key: used[key] for key in sorted(used.keys() & variables_of(self.source))}
+        return learn_shape(self.tokenizer, self.source, json.dumps(used))
 
     def render(self, messages: list[Message], prompt: bool = False) -> Rendering:
         """The conversation as the template writes it; with `prompt`, and the generation prompt behind it.
@@ -110,9 +116,29 @@ class ChatTemplate:
         shape: Shape | None = None,
     ) -> Rendering:
         """As `render`, and where it put the texts of the messages that `is_marked` says."""
-        marks = Marks(messages)
+        marks = Marks(messages, [self.given.tools, self.given.kwargs])
         marked = [marks.put(number, m) if is_marked(m) else m for number, m in enumerate(messages)]
         return marks.take_out(self.render_as(shape or self.shape, marked, prompt))
+
+
+def is_switch(value: Any) -> bool:
+    """Whether a template's variable may change its shape: `enable_thinking`, `reasoning_effort`. A text of several
+    words is something that it writes."""
+    return value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value.split()) == 1)
+
+
+@functools.lru_cache(maxsize=32)
+def variables_of(source: str) -> frozenset[str]:
+    """The variables that a chat template reads.
+
+    Raises:
+        ValueError: for a template with a mistake in it.
+    """
+    plain = re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{%\1 set _ = 0 \2%}", source)
+    try:
+        return frozenset(find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template has a mistake in line {error.lineno}: {error.message}") from error
 
 
 @contextmanager
@@ -165,18 +191,19 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, special_only: bool = Fals
 
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
-CALL_NAME, CALL_VALUE = "probe_function", "probe value"
+CALL_NAME, CALL_VALUE, CALL_NUMBER = "probe_function", "probe value", 904711
+CALL_ARGUMENTS = {"count": CALL_NUMBER, "probe": CALL_VALUE}
 CALL = {
     "role": "assistant",
     "content": "",
     "tool_calls": [
-        {"type": "function", "id": "call00000", "function": {"name": CALL_NAME, "arguments": {"probe_key": CALL_VALUE}}}
+        {"type": "function", "id": "call00000", "function": {"name": CALL_NAME, "arguments": CALL_ARGUMENTS}}
     ],
 }
 RESULT = {"role": "tool", "name": CALL_NAME, "tool_call_id": "call00000", "content": "Fine"}
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def learn_shape(tokenizer: PreTrainedTokenizerBase, source: str, kwargs: str) -> Shape:
     """The shape of the chat template `source` with the variables `kwargs` (JSON)."""
     chat = ChatTemplate(tokenizer, TemplateInput(kwargs=json.loads(kwargs)))
@@ -197,7 +224,7 @@ def learn_shape(tokenizer: PreTrainedTokenizerBase, source: str, kwargs: str) ->
             break
     header = generation_prompt(chat, Shape(takes_parts))
     stops = tuple(dict.fromkeys([*text_stops, *call_ends]))
-    return Shape(takes_parts, writes_calls and takes_text, header, text_ends, call_ends, stops)
+    return Shape(takes_parts, writes_calls and takes_text, header, writes_calls, text_ends, call_ends, stops)
 
 
 def probe(chat: ChatTemplate, messages: list[Message], shape: Shape) -> Rendering | None:
@@ -226,7 +253,7 @@ def ends_of_text(chat: ChatTemplate, talk: Rendering) -> tuple[str, ...]:
 def ends_of_call(chat: ChatTemplate, shape: Shape) -> tuple[bool, tuple[str, ...]]:
     """Whether the template writes tool calls, and the special token that ends a turn with one, result or no result."""
     alone, answered = probe(chat, [USER, CALL], shape), probe(chat, [USER, CALL, RESULT], shape)
-    if alone is None or CALL_NAME not in alone.text:
+    if alone is None or not all(text in alone.text for text in (CALL_NAME, CALL_VALUE, str(CALL_NUMBER))):
         return False, ()
     tails = [r.text[r.text.rfind(CALL_VALUE) + len(CALL_VALUE) :] for r in (alone, answered) if r is not None]
     tokens = control_tokens(chat.tokenizer, special_only=True).findall(os.path.commonprefix(tails))

@@ -167,7 +167,7 @@ def turn_span(
     start = start_of_turn(chat, messages, whole, turn, start)
     said_end, has_calls = own[-1][1] if own else start, bool(messages[turn].get("tool_calls"))
     if has_calls:
-        said_end = max(said_end, require_calls(messages, whole, turn))
+        said_end = max(said_end, require_calls(chat, messages, whole, turn))
     end = end_of_turn(chat, whole.text, said_end, room_end, has_calls)
     return without_headers(chat, whole, (start, end), own)
 

@@ -108,7 +108,11 @@ def _load(path: Path, name: str) -> dict[str, Any]:
     label = f"{name}={str(path)!r}"
     if not path.is_file():
         raise ValueError(f"{label}: no such file")
-    return parse_json(path.read_text(encoding="utf-8-sig"), label)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{label}: cannot be read ({error})") from error
+    return parse_json(text, label)
 
 
 def _without_nulls(node: Any) -> Any:

@@ -269,3 +269,22 @@ def test_configuration_md_ends_with_the_table_of_fields():
 def test_config_round_trips_as_json():
     config = GKDConfig(beta=0.25, wandb_tags=["x"])
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "path,message",
+    [
+        ("${NO_SUCH_VARIABLE}/run", "NO_SUCH_VARIABLE is not set"),
+        ("~no_such_user/run", "no user"),
+        ("${}/run", "written"),
+    ],
+)
+def test_paths_that_cannot_be_filled_in(path, message):
+    with pytest.raises(ValueError, match=message):
+        GKDConfig(output_dir=path)
+
+
+def test_a_deepspeed_file_that_is_no_text(tmp_path):
+    (tmp_path / "ds.json").write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match="deepspeed=.*ds.json.*cannot be read"):
+        resolve_deepspeed(GKDConfig(deepspeed=str(tmp_path / "ds.json")), 1)

@@ -54,6 +54,16 @@ def test_weights_in_prompt_and_completion():
         parse_row({"prompt": talk("x"), "completion": flagged("a b", m1={"weight": 0})[1:]}, "row")
 
 
+def call_of(arguments) -> dict:
+    return {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+
+
+@pytest.mark.parametrize("nothing", [None, "", "null", {}])
+def test_no_arguments_are_an_empty_dict(nothing):
+    row = parse_row({"messages": [*talk("a"), call_of(nothing)]}, "row")
+    assert row.messages[-1]["tool_calls"][0]["arguments"] == {}
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -92,6 +102,15 @@ def test_weights_in_prompt_and_completion():
         ({"messages": [*talk("a", "b"), {"role": "tool"}]}, r"messages 3 \(tool\): content is missing"),
         ({"messages": {"role": "user"}}, "must be a list of messages"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "has role"),
+        ({"messages": flagged("a b", m1={"function_call": {"name": "f"}})}, "`function_call` is OpenAI's older form"),
+        ({"messages": flagged("a b", m1={"prefix": True})}, "`prefix` means something to other tools"),
+        ({"messages": talk("a", "b"), "functions": [CALL]}, "`functions` is OpenAI's older form"),
+        ({"messages": talk("a", "b"), "weight": 0}, "weight=0 for a whole row"),
+        ({"prompt": "a", "completion": "b", "weight": 0.5}, "weight=0.5 for a whole row"),
+        ({"messages": [*talk("a"), call_of(False)]}, "arguments must be a dict or its JSON text, is False"),
+        ({"messages": [*talk("a"), call_of([])]}, "arguments must be a dict or its JSON text"),
+        ({"messages": [*talk("a"), call_of({"x": ["b\ud800"]})]}, "arguments has .* half of a pair"),
+        ({"messages": flagged("a b", m1={"reasoning_content": "\ud800"})}, "reasoning_content has .* half of a pair"),
         (None, "a row must be a dict, is a NoneType"),
         ([("messages", 1)], "a row must be a dict, is a list"),
     ],

@@ -97,6 +97,13 @@ CONVERSATIONS = {
     "two calls": [
         user("Rain?"), answer("", call("Rome"), call("Oslo")), result("sunny"), result("wet"), answer("Only in Oslo.")
     ],
+    "text that names the call": [
+        user("Rain?"), answer("I call weather for the city Rome.", call("Rome")), result("sunny"), answer("No rain.")
+    ],
+    "two rounds of calls": [
+        user("Rain?"), answer("", call("Rome")), result("sunny"), answer("", call("Oslo")), result("wet"),
+        answer("Only in Oslo."),
+    ],
     "ends in a call": [user("Hi."), answer("Hello."), user("Rain?"), answer("", call("Rome"))],
     "empty result": [user("Rain?"), answer("", call("Rome")), result(""), answer("No rain.")],
 }  # fmt: skip
@@ -104,26 +111,28 @@ CONVERSATIONS = {
 # What each template does with the conversations above, in their order: a row (.), a row whose earlier reasoning goes
 # (-), or a refusal (x): the template's own, or of a row whose words it would drop.
 OUTCOMES = {
-    "....x.xxxxxx": "cohere cohere2 gemma3 idefics3 lfm2 llama2 llama3 llava_next mistral_v7 phi3 phi3_5 qwen2_5_vl "
-    "smolvlm",
-    "....xxxxxxxx": "deepseek_r1_distill",
-    "....xxx.....": "deepseekv3",
-    "......-.x...": "diffusion_gemma gemma4_v5",
-    ".x.xx.xxxxxx": "gemma",
-    "....x.x.x...": "gemma4 gemma4_v3 gemma4_v4 mistral_v3",
-    "......-.....": "glm4moe lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl nemotron_3_5_lightning nemotron_3_nano nemotron_3_super "
-    "nemotron_3_ultra qwen3 qwen3_5_nothink qwen3_5_think qwen3_6",
-    "......-..x..": "gptoss",
-    "....x.x.....": "gemma4_v2 lfm2_v2 qwen2_5 qwen3_instruct_2507 qwen3_vl",
-    "....x.x.xx..": "llama3_1 llama3_2",
-    "........x...": "muse_glimmer",
-    "............": "qwen3_8",
+    "......-.......": "glm4moe lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl nemotron_3_5_lightning nemotron_3_nano "
+    "nemotron_3_super nemotron_3_ultra qwen3 qwen3_5_nothink qwen3_5_think qwen3_6",
+    "......-..x....": "gptoss",
+    "......-.x.x...": "diffusion_gemma gemma4_v5",
+    "..............": "qwen3_8",
+    "........x.x...": "muse_glimmer",
+    "....x.x.......": "gemma4_v2 lfm2_v2 qwen2_5 qwen3_instruct_2507 qwen3_vl",
+    "....x.x.x.x...": "gemma4 gemma4_v3 gemma4_v4 mistral_v3",
+    "....x.x.xxx...": "llama3_1 llama3_2",
+    "....x.xxxxxxxx": "cohere cohere2 gemma3 idefics3 lfm2 llama2 llama3 llava_next mistral_v7 phi3 phi3_5 "
+    "qwen2_5_vl smolvlm",
+    "....xxx....x..": "deepseekv3",
+    "....xxxxxxxxxx": "deepseek_r1_distill",
+    ".x.xx.xxxxxxxx": "gemma",
 }
 # Twins that keep what their originals drop.
 TWIN_OUTCOMES = {
-    "deepseek_r1_distill_training": "....x.xxxxxx",
-    **dict.fromkeys(["qwen3_training", "qwen3_5_nothink_training", "qwen3_5_think_training"], "............"),
-    "qwen3_6_training": "............",
+    "deepseek_r1_distill_training": "....x.xxxxxxxx",
+    "qwen3_5_nothink_training": "..............",
+    "qwen3_5_think_training": "..............",
+    "qwen3_6_training": "..............",
+    "qwen3_training": "..............",
 }
 # The token that ends an answer, in earlier turns and in the last.
 ENDS = {
@@ -296,6 +305,44 @@ def test_cost_is_linear_and_renderings_do_not_grow(name, monkeypatch):
         assert len(cut.input_ids) <= max_length and len(cut.prompt_ids) < max_length
         assert max_length - len(cut.input_ids) < 100  # a turn more would not fit
         assert cut.input_ids[:300] == whole.input_ids[:300] and cut.response_mask[:300] == whole.response_mask[:300]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "mistral_v3"])
+def test_an_agents_conversation_is_cut_in_as_few_renderings(name, monkeypatch):
+    """Turns without a text: where one begins is known all the same."""
+    tokenizer = tokenizer_for(name)
+    stop_token_ids(tokenizer)
+    rounds = [message for i in range(40) for message in (answer("", call(f"City {i}")), result(f"sunny {i}"))]
+    talk, renderings = [user("Rain?"), *rounds, answer("No rain.")], Counted(monkeypatch)
+    for max_length in (300, 700, 2000):
+        renderings.count = 0
+        cut = encode_conversation(tokenizer, talk, max_length=max_length)
+        assert renderings.count <= 6
+        assert len(cut.input_ids) <= max_length and any(cut.response_mask)
+
+
+def test_variables_that_a_row_writes_do_not_make_another_template(monkeypatch):
+    tokenizer = tokenizer_for("qwen3")
+    renderings = Counted(monkeypatch)
+    for number in range(20):
+        given = TemplateInput(kwargs={"custom_instructions": f"Be {number} times as kind.", "unread": number})
+        encode_conversation(tokenizer, CONVERSATIONS["plain"], template=given)
+    assert renderings.count <= 20 * 3 + 10
+
+
+def test_private_use_characters_of_the_text_stay():
+    tokenizer = tokenizer_for("qwen2_5")
+    words = "\U000f0000 \U00100000 \U0010fffd"
+    encoded = encode_conversation(tokenizer, [user(words), answer(words)])
+    assert marked_runs(tokenizer, encoded) == [words + "<|im_end|>"]
+
+
+def test_figures_that_a_template_drops_are_an_error():
+    tokenizer = tokenizer_for("qwen2_5").__class__(tokenizer_object=tokenizer_for("qwen2_5").backend_tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.chat_template = tokenizer_for("qwen2_5").chat_template.replace("tool_call.arguments | tojson", "'{}'")
+    with pytest.raises(ValueError, match="leaves out the tool call of message 2"):
+        encode_conversation(tokenizer, CONVERSATIONS["call"])
 
 
 def test_thinking_can_be_switched_off():
