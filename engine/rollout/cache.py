@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 SPARE_COLUMNS = 16
@@ -34,7 +34,7 @@ class SpareLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def build_cache(config: Any) -> DynamicCache:
+def build_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a model of this configuration."""
     cache = DynamicCache(config=config)
     cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
