@@ -21,6 +21,7 @@ from engine.checkpoint import run_folder
 from engine.checkpoint.checkpoint import Checkpoints, started_on
 from engine.checkpoint.parts import check_saveable, export_parts
 from engine.cluster import hosts
+from engine.cluster.agreement import from_main, together
 from engine.cluster.collectives import build_vocab_groups
 from engine.cluster.startup import init_distributed
 from engine.config import GKDConfig
@@ -110,8 +111,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     if train:
         run_folder.check_start(config, resume_from)
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
-    started = check.gather((started_on(resume_from) if resume_from else None) or date.today().isoformat())[0]
-    read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size, started))
+    started = from_main((started_on(resume_from) if resume_from else None) or date.today().isoformat())
+    read = together(lambda: _read_inputs(config, inputs, train, rank, world_size, started))
     check.same_data(read.fingerprints)
     checkpoints.data = {
         use: {"split": split, "digest": read.fingerprints[split], "rows": num_rows}

@@ -32,10 +32,8 @@ from engine.checkpoint.elastic import (
 )
 from engine.checkpoint.manifest import (
     MANIFEST,
-    all_or_none,
     flushed_digests,
     list_files,
-    merge,
     publish,
     read_manifest,
     share,
@@ -43,6 +41,7 @@ from engine.checkpoint.manifest import (
     write_durably,
 )
 from engine.checkpoint.parts import save_parts
+from engine.cluster.agreement import all_or_none, union
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.errors import CheckpointError
@@ -153,7 +152,7 @@ class Checkpoints:
 
         self._together(f"{name}: cannot be begun", prepare)
         self._together(f"{name}: cannot be written", write)
-        digests = merge(self._together(f"{name}: cannot be flushed", flush))
+        digests = union(self._together(f"{name}: cannot be flushed", flush))
         self._together(f"{name}: cannot be completed", reveal)
         return self.folder / name
 

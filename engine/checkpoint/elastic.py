@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.checkpoint.manifest import MANIFEST
+from engine.cluster.agreement import from_main
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.errors import CheckpointError
@@ -81,13 +82,12 @@ def universal_copy(path: Path, manifest: dict[str, Any], layout: dict[str, Any],
         )
     digest = hashlib.blake2b((path / MANIFEST).read_bytes(), digest_size=8).hexdigest()
     converted = folder / f".universal_{path.name}_{digest}"
-    problem: list[str | None] = [None]
+    problem = None
     if dist.get_rank() == 0 and not converted.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        problem = [disk_problem(path, manifest, folder)]
-    dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise CheckpointError(problem[0])
+        problem = disk_problem(path, manifest, folder)
+    if problem := from_main(problem):
+        raise CheckpointError(problem)
     convert_together(path, converted)
     return converted
 
@@ -120,19 +120,14 @@ def convert_together(path: Path, converted: Path) -> None:
         log = open(working / "convert.log", "w")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    status: list[int | None] = [None]
-    while status[0] is None:
-        if dist.get_rank() == 0:
-            status = [process.poll() if process is not None else 0]
-        dist.broadcast_object_list(status)
-        if status[0] is None:
-            time.sleep(POLL_S)
+    while (status := from_main(process.poll() if process is not None else 0)) is None:
+        time.sleep(POLL_S)
     if log is not None:
         log.close()
-    if process is not None and status[0] == 0:
+    if process is not None and status == 0:
         os.replace(working, converted)
     dist.barrier()
-    if status[0] != 0:
+    if status != 0:
         raise CheckpointError(f"{path} could not be converted to DeepSpeed's universal format: {working}/convert.log")
 
 

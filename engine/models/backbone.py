@@ -26,11 +26,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from engine.cluster.agreement import raise_together
 from engine.config import GKDConfig
 from engine.data.batch import PackedBatch, Sample, pack
 from engine.models.shards import load_partitioned
 from engine.models.structure import check_packable, find_transform, is_composite, position_rows, text_backbone, unusable
-from engine.models.weights import check_complete, check_files, raise_together
+from engine.models.weights import check_complete, check_files
 
 logger = logging.getLogger(__name__)
 
