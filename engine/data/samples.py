@@ -92,6 +92,11 @@ class StepData:
         return self._accumulation * self._world_size * self._batch
 
     @property
+    def has_length(self) -> bool:
+        """Whether there are epochs: a stream has none."""
+        return isinstance(self._rows, MapRows)
+
+    @property
     def num_rows(self) -> int:
         """Rows of an epoch, dropped ones not counted; ValueError for a stream."""
         if isinstance(self._rows, StreamRows):

@@ -49,6 +49,7 @@ ROOMS = (
     {"teacher", "rollout"},
     {"evaluation", "check"},
     {"assembly"},
+    {"callbacks"},
     {"trainer"},
     {"__init__", "bench"},
     {"cli"},
