@@ -65,7 +65,7 @@ class GKDTrainer:
         callbacks: Iterable[Any] | None = None,
     ) -> None:
         callbacks = [check_callback(callback) for callback in callbacks or ()]
-        self.config = config = copy.deepcopy(args) if args is not None else GKDConfig()  # the caller's stays as it is
+        config = copy.deepcopy(args) if args is not None else GKDConfig()  # the caller's stays as it is
         if isinstance(model, str):
             config.model_name_or_path, model = expand_path(model, "model"), None
         if isinstance(teacher_model, str):
@@ -73,6 +73,7 @@ class GKDTrainer:
         student_tokenizer = processing_class if processing_class is not None else tokenizer
         inputs = Inputs(model, teacher_model, student_tokenizer, train_dataset, eval_dataset, teacher_processing_class)
         self.run = assemble(config, inputs)
+        self.config = config = self.run.config  # with the global batch of the checkpoint
         self.state = TrainState(started=self.run.started)
         self.rollouts: list[list[Sample]] | None = None  # the batch that `rollout_reuse` steps share
         self.evaluations: list[Evaluation] = []

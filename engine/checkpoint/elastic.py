@@ -41,28 +41,27 @@ def zero_layout(config: GKDConfig, world_size: int) -> dict[str, Any]:
     return {"world_size": world_size, "bf16": config.bf16, "sub_group_size": zero.get("sub_group_size"), **offload}
 
 
-def keep_global_batch(config: GKDConfig, path: Path, manifest: dict[str, Any], world_size: int) -> None:
-    """Set `config.global_batch_size` so that a resumed run's steps are as large as before.
+def batch_to_keep(config: GKDConfig, path: Path, manifest: dict[str, Any], world_size: int) -> int | None:
+    """The `global_batch_size` with which a resumed run's steps are as large as before; None where they are already.
 
     Raises:
         ValueError: where the ranks cannot share that batch, or the configuration asks for another.
     """
-    saved = manifest["global_batch_size"]
-    given = config.accumulation_steps(world_size) * config.per_device_train_batch_size * world_size
+    saved, given = manifest["global_batch_size"], config.global_batch(world_size)
     if given == saved:
-        return
+        return None
     if config.global_batch_size is not None or world_size == manifest["layout"]["world_size"]:
         raise ValueError(
             f"{path} was trained with {saved} sequences a step, and this configuration gives {given}: "
             f"set global_batch_size={saved}, or start a new run from its export"
         )
-    config.global_batch_size = saved
     try:
-        accumulation = config.accumulation_steps(world_size)
+        accumulation = config.with_global_batch(saved).accumulation_steps(world_size)
     except ValueError as error:
         raise ValueError(f"{path} was trained with {saved} sequences a step, which must be kept: {error}") from error
     if dist.get_rank() == 0:
         logger.info("%d sequences a step as before: %d micro-batches on %d ranks", saved, accumulation, world_size)
+    return saved
 
 
 def universal_copy(path: Path, manifest: dict[str, Any], layout: dict[str, Any], folder: Path) -> Path:

@@ -136,9 +136,7 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
     try:
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
-        ) from error
+        raise not_found(name, error) from error
     except StrictDataclassError as error:
         raise ValueError(f"model {name!r}: its config.json is wrong: {' '.join(str(error).split())}") from error
     quantized = getattr(model_config, "quantization_config", None)
@@ -151,6 +149,11 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
             "and wrong gradients follow): use flash_attention_2 on a GPU, or eager"
         )
     return model_config
+
+
+def not_found(name: str, error: Exception) -> ValueError:
+    """What a model's name is told that leads nowhere."""
+    return ValueError(f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})")
 
 
 def check_positions(model_config: Any, max_length: int, who: str, may_warn: bool) -> None:
@@ -196,9 +199,7 @@ def download_model(name: str) -> None:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"])
     except (OSError, ValueError) as error:  # the hub's errors derive from one of them
-        raise ValueError(
-            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
-        ) from error
+        raise not_found(name, error) from error
     return check_files(name, folder)
 
 

@@ -4,8 +4,8 @@
 trackers (wandb, tensorboard) and the console get the same figures. Only the main rank writes. No function here
 contains a collective, and nothing here knows of models or losses.
 
-A tracker's server that fails must not stop training: every call to one goes through `Tracker._on_backends`, the
-only place in the package that catches every exception. `metrics.jsonl` is not a tracker in this sense: where it
+A tracker's server that fails must not stop training: every call to one goes through `Tracker._on_backends`, which
+catches every exception. `metrics.jsonl` is not a tracker in this sense: where it
 cannot be written, the run stops.
 """
 
