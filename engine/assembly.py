@@ -9,7 +9,6 @@ import logging
 import math
 from dataclasses import dataclass
 from datetime import date, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from torch import nn
 
 from engine import check
 from engine.checkpoint import run_folder
-from engine.checkpoint.checkpoint import Checkpoints, started_on
+from engine.checkpoint.checkpoint import Checkpoints
 from engine.checkpoint.parts import check_saveable, export_parts
+from engine.checkpoint.resumption import Resumption, check_inputs, find_resumption
 from engine.cluster import hosts
+from engine.cluster.agreement import from_main, together
 from engine.cluster.collectives import build_vocab_groups
 from engine.cluster.startup import init_distributed
 from engine.config import GKDConfig
@@ -83,7 +84,7 @@ class Run:
     data: StepData | None
     evaluator: Evaluator | None
     checkpoints: Checkpoints
-    resume_from: Path | None
+    resume_from: Resumption | None
     started: str
     bad_steps: BadSteps
     meter: Meter
@@ -105,20 +106,22 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         teacher_settings(config)
     if rank == 0 and (sentence := replaced_scheduler(config)):
         logger.info(sentence)
-    checkpoints = Checkpoints(config)
-    resume_from = checkpoints.find() if train else None
+    resume_from = find_resumption(config) if train else None
     if train:
-        run_folder.check_start(config, resume_from)
+        run_folder.check_start(config, resume_from.path if resume_from else None)
+    if resume_from is not None and resume_from.global_batch_size is not None:
+        config = config.with_global_batch(resume_from.global_batch_size)
+    checkpoints = Checkpoints(config)
     settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
-    started = check.gather((started_on(resume_from) if resume_from else None) or date.today().isoformat())[0]
-    read = check.together(lambda: _read_inputs(config, inputs, train, rank, world_size, started))
+    started = from_main((resume_from.started if resume_from else None) or date.today().isoformat())
+    read = together(lambda: _read_inputs(config, inputs, train, rank, world_size, started))
     check.same_data(read.fingerprints)
     checkpoints.data = {
         use: {"split": split, "digest": read.fingerprints[split], "rows": num_rows}
         for use, (split, num_rows) in read.num_rows.items()
     }
     if resume_from is not None:
-        checkpoints.check_inputs(resume_from, read.num_steps)
+        check_inputs(resume_from, config, checkpoints.data, read.num_steps)
 
     groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
     student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
@@ -274,7 +277,7 @@ def count_steps(config: GKDConfig, data: StepData) -> int:
     """Optimizer steps of the run."""
     if config.max_steps > 0:
         return config.max_steps
-    return math.ceil(config.num_train_epochs * data.steps_per_epoch(data.global_batch))
+    return math.ceil(config.num_train_epochs * data.steps_per_epoch)
 
 
 def stop_ids_of(config: GKDConfig, tokenizer: Any, generation_config: Any) -> list[int]:

@@ -12,13 +12,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from engine.cluster import hosts
+from engine.cluster.agreement import differences, from_main, gather, merge_problems, require_same, together
 from engine.config import GKDConfig
 from engine.data.sources import fingerprint, load_rows
 from engine.models.backbone import count_parameters
@@ -35,39 +36,6 @@ ROUNDS = 5
 CHECKPOINT_BYTES = 12  # per parameter: fp32 master weight and two moments
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value, in rank order. All ranks must call."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def together(action: Callable[[], T]) -> T:
-    """The action's result; a ValueError on any rank is raised on all of them, with the ranks it happened on.
-
-    All ranks must call; the action must not communicate.
-    """
-    result, problem = None, None
-    try:
-        result = action()
-    except ValueError as error:
-        problem = str(error)
-    outcomes = gather((hosts.host_name(), [] if problem is None else [problem]))
-    problems = merge_problems([host for host, _ in outcomes], [own for _, own in outcomes])
-    if problems:
-        raise ValueError("; ".join(problems))
-    return cast(T, result)
-
-
-def merge_problems(where: list[str], problems: list[list[str]]) -> list[str]:
-    """Each problem once, headed by the ranks that have it unless all do. `where` has each rank's host."""
-    ranks_of: dict[str, dict[int, str]] = {}
-    for rank, own in enumerate(problems):
-        for text in own:
-            ranks_of.setdefault(text, {})[rank] = where[rank]
-    return [text if len(at) == len(where) else f"{hosts.by_host(at)}: {text}" for text, at in ranks_of.items()]
-
-
 def describe_setup(config: GKDConfig) -> dict[str, str]:
     """What must be alike on every rank, by name: versions, and the configuration with the files it names."""
     versions = package_versions()
@@ -78,26 +46,6 @@ def describe_setup(config: GKDConfig) -> dict[str, str]:
         record["teacher_deepspeed"] = read_deepspeed(config.teacher_deepspeed, "teacher_deepspeed")
     text = json.dumps(record, sort_keys=True, default=str)
     return versions | {"configuration": hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}
-
-
-def differences(records: list[dict[str, str]], where: list[str]) -> list[str]:
-    """One line per entry that is not the same on all ranks; `where` has each rank's host."""
-    lines = []
-    for name in sorted({name for record in records for name in record}):
-        values: dict[str, dict[int, str]] = {}
-        for rank, record in enumerate(records):
-            values.setdefault(record.get(name, "not there"), {})[rank] = where[rank]
-        if len(values) > 1:
-            lines.append(f"{name} differs: " + ", but ".join(f"{v} on {hosts.by_host(at)}" for v, at in values.items()))
-    return lines
-
-
-def require_same(record: dict[str, str]) -> None:
-    """Raise ValueError where a rank's record is not that of the others. All ranks must call."""
-    gathered = gather((hosts.host_name(), record))
-    problems = differences([own for _, own in gathered], [host for host, _ in gathered])
-    if problems:
-        raise ValueError("the ranks are not alike: " + "; ".join(problems))
 
 
 def same_setup(config: GKDConfig, writes: bool) -> None:
@@ -142,7 +90,7 @@ def require_shared(folder: Path) -> None:
                 )
             time.sleep(hosts.POLL_S)
 
-    expected = gather(together(write))[0]
+    expected = from_main(together(write))
     together(lambda: see(expected))
     if dist.get_rank() == 0:
         witness.unlink()

@@ -332,6 +332,16 @@ class GKDConfig:
             )
         return self.global_batch_size // per_pass
 
+    def global_batch(self, world_size: int) -> int:
+        """Sequences of one optimizer step over all ranks. ValueError as `accumulation_steps`."""
+        return self.accumulation_steps(world_size) * self.per_device_train_batch_size * world_size
+
+    def with_global_batch(self, size: int) -> GKDConfig:
+        """A copy with that `global_batch_size`; nothing else of it is looked at again."""
+        changed = copy.copy(self)
+        changed.global_batch_size = size
+        return changed
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

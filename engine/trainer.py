@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from engine.assembly import Inputs, assemble
+from engine.callbacks import Callbacks, check_callback
 from engine.checkpoint import run_folder
 from engine.checkpoint.checkpoint import TrainState
 from engine.cluster.collectives import draw_seed, shared_uniform
-from engine.cluster.signals import Watch
+from engine.cluster.signals import MAX_MINUTES, Due, Watch
 from engine.config import GKDConfig
 from engine.data.batch import PackedBatch, Sample, pack
 from engine.evaluation import Evaluation
@@ -23,6 +27,8 @@ from engine.models.export import export_student
 from engine.paths import expand_path
 from engine.tracking.bad_steps import sample_rows
 from engine.tracking.tracker import Tracker
+
+logger = logging.getLogger(__name__)
 
 VALUE_METRICS = {"divergence": "train/", "student_entropy": "train/", "nll": "train/", "acceptance": "train/",
                  "top1_agreement": "train/", "teacher_entropy": "teacher/"}  # fmt: skip
@@ -39,6 +45,8 @@ class GKDTrainer:
         processing_class, tokenizer: the student's tokenizer (or processor); two names for one argument.
         teacher_processing_class: the teacher's, to compare with the student's; by default that of the folder or hub
             name which the teacher came from.
+        callbacks: `transformers.TrainerCallback`s, or classes of them. A wish on one rank (`control.should_save`,
+            `should_evaluate`, `should_log`, `should_training_stop`) counts on all of them.
 
     Raises:
         ValueError: for input that cannot work, before any weight is read where `args` names the models.
@@ -54,8 +62,10 @@ class GKDTrainer:
         processing_class: Any = None,
         tokenizer: Any = None,
         teacher_processing_class: Any = None,
+        callbacks: Iterable[Any] | None = None,
     ) -> None:
-        self.config = config = args or GKDConfig()
+        callbacks = [check_callback(callback) for callback in callbacks or ()]
+        config = copy.deepcopy(args) if args is not None else GKDConfig()  # the caller's stays as it is
         if isinstance(model, str):
             config.model_name_or_path, model = expand_path(model, "model"), None
         if isinstance(teacher_model, str):
@@ -63,11 +73,27 @@ class GKDTrainer:
         student_tokenizer = processing_class if processing_class is not None else tokenizer
         inputs = Inputs(model, teacher_model, student_tokenizer, train_dataset, eval_dataset, teacher_processing_class)
         self.run = assemble(config, inputs)
+        self.config = config = self.run.config  # with the global batch of the checkpoint
         self.state = TrainState(started=self.run.started)
         self.rollouts: list[list[Sample]] | None = None  # the batch that `rollout_reuse` steps share
         self.evaluations: list[Evaluation] = []
         self.watch = Watch(config, self.run.device)
-        self.stopped_by: str | None = None  # the signal, or `max_minutes`, that ended the run before its last step
+        self.stopped_by: str | None = None  # the signal, or `max_minutes`, that broke the run off before its last step
+        self.is_last = False  # whether the step at hand is the run's last, by number or as a callback wished
+        self._evaluated_step: int | None = None
+        self.callbacks = Callbacks(callbacks, self.run)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, or a class to make one of."""
+        self.callbacks.handler.add_callback(check_callback(callback))
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, or the first one of a class, and return it; None where there is none."""
+        return self.callbacks.handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, or the first one of a class."""
+        self.callbacks.handler.remove_callback(callback)
 
     def train(self) -> TrainState:
         """Train to the last step, then evaluate and export; or stop early with a checkpoint. All ranks must call."""
@@ -76,6 +102,7 @@ class GKDTrainer:
             self._train()
             if self.stopped_by is None:
                 self._finish()
+            self.callbacks.train_end()
             self.tracker.finish()
         return self.state
 
@@ -94,33 +121,57 @@ class GKDTrainer:
         self.tracker = Tracker(config, Path(config.output_dir), run.rank == 0, self.state.run_id, extra)
         self.state.run_id = self.tracker.run_id
         self.tracker.begin(self.state.step, run.num_steps)
+        self.callbacks.train_begin(self.state.step)
         if config.eval_on_start and self.state.step == 0:
             self.tracker.log(0, self._evaluate())
 
     def _train(self) -> None:
-        run, config = self.run, self.config
-        saves = config.save_steps is not None or config.save_minutes is not None
-        while self.state.step < run.num_steps and self.stopped_by is None:
+        while self.state.step < self.run.num_steps and not self.is_last and self.stopped_by is None:
+            self.callbacks.step_begin()
             metrics = self._train_step()
-            step, due = self.state.step, self.watch.agree()
-            is_last = step == run.num_steps
-            self.stopped_by = due.stop if due.by_signal or not is_last else None
-            if run.evaluator and is_due(step, config.eval_steps) and not is_last and self.stopped_by is None:
-                metrics |= self._evaluate()
-            self.tracker.log(step, metrics)
-            if due.save or is_due(step, config.save_steps) or (is_last and saves):
+            self.callbacks.step_end(self.state.step)
+            self._close_step(metrics)
+
+    def _close_step(self, metrics: dict[str, float]) -> None:
+        """Log, evaluate and save, where that is due. Then what callbacks wished meanwhile: another save, or the end."""
+        step, due = self.state.step, self._agree()
+        if due.log:
+            self.callbacks.log(metrics)
+        evaluates = due.evaluate and not self.is_last and self.stopped_by is None
+        if evaluates:
+            metrics |= self._evaluate()
+        self.tracker.log(step, metrics, is_wanted=due.log)
+        saves = self._save_is_due(due)
+        if saves:
+            self.save_checkpoint()
+        if due.log or evaluates or saves:
+            due = self._agree()
+            if self._save_is_due(due) and not saves:
                 self.save_checkpoint()
+
+    def _agree(self) -> Due:
+        """What is due now, on every rank; notes whether the run ends here."""
+        step, due = self.state.step, self.watch.agree(self.callbacks.wishes)
+        if due.end and not self.is_last and step < self.run.num_steps and self.run.rank == 0:
+            logger.info("a callback ends the run: step %d of %d is its last", step, self.run.num_steps)
+        self.is_last |= due.end or step == self.run.num_steps
+        self.stopped_by = due.stop if due.by_signal or not self.is_last else None
+        return due
+
+    def _save_is_due(self, due: Due) -> bool:
+        config = self.config
+        return due.save or (self.is_last and (config.save_steps is not None or config.save_minutes is not None))
 
     def _finish(self) -> None:
         """What follows the last step. A run that has got there before, and is resumed, does this alone."""
         run, step = self.run, self.state.step
         if run.evaluator:
-            self.tracker.log(step, self._evaluate())
-            due = self.watch.agree()
-            if due.by_signal:
-                self.stopped_by = due.stop
-                if run.checkpoints.saved_step != step:
-                    self.save_checkpoint()
+            if self._evaluated_step != step:
+                self.tracker.log(step, self._evaluate())
+            due = self._agree()
+            if due.save and due.stop != MAX_MINUTES and run.checkpoints.saved_step != step:
+                self.save_checkpoint()
+            if self.stopped_by is not None:
                 return
         export_student(run.student.model, run.parts, Path(self.config.output_dir) / "final")
 
@@ -214,19 +265,24 @@ class GKDTrainer:
         self.tracker.table("completions", self.state.step, ["prompt", "sample", "mean_divergence"], rows)
 
     def _evaluate(self) -> dict[str, float]:
-        assert self.run.evaluator is not None
+        if self.run.evaluator is None:
+            raise ValueError(
+                "a callback set control.should_evaluate, and there are no rows to evaluate on: pass eval_dataset=, or "
+                "name a split with dataset_test_split"
+            )
         with self.tracker.time("evaluation"):
             self.evaluations.append(self.run.evaluator.run())
+        self._evaluated_step = self.state.step
+        self.callbacks.evaluated(self.evaluations[-1].metrics)
         return self.evaluations[-1].metrics
 
     def save_checkpoint(self) -> Path | None:
         """Write `checkpoints/step_<N>`; None where that failed and `save_on_error` is `warn`. All ranks must call."""
         run = self.run
+        self.callbacks.control.should_save = False  # also where it fails
         with self.tracker.time("checkpoint"):
             path = run.checkpoints.save(run.student.engine, self.state, run.parts, self.rollouts)
         self.watch.note_save()
+        if path is not None:
+            self.callbacks.tell("on_save")
         return path
-
-
-def is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -21,10 +20,9 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
-from engine.checkpoint.changes import REMEDY, Changes, compare_fields, compare_rows, optimizer_name
+from engine.checkpoint.changes import optimizer_name
 from engine.checkpoint.elastic import (
     UNIVERSAL_TAG,
-    keep_global_batch,
     remove_universal_copies,
     rollouts_of_rank,
     universal_copy,
@@ -32,17 +30,17 @@ from engine.checkpoint.elastic import (
 )
 from engine.checkpoint.manifest import (
     MANIFEST,
-    all_or_none,
     flushed_digests,
     list_files,
-    merge,
     publish,
     read_manifest,
     share,
-    verify,
     write_durably,
 )
 from engine.checkpoint.parts import save_parts
+from engine.checkpoint.resumption import Resumption, saved_checkpoints
+from engine.checkpoint.run_folder import CHECKPOINTS
+from engine.cluster.agreement import all_or_none, union
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.errors import CheckpointError
@@ -80,9 +78,8 @@ class Checkpoints:
 
     def __init__(self, config: GKDConfig) -> None:
         self.config = config
-        self.folder = Path(config.output_dir) / "checkpoints"
+        self.folder = Path(config.output_dir) / CHECKPOINTS
         self.data: dict[str, Any] = {}  # the run's rows: see `changes.compare_rows`
-        self._begins_data_anew = False
         self.saved_step: int | None = None  # of the newest checkpoint that this process wrote or resumed from
 
     def save(
@@ -153,7 +150,7 @@ class Checkpoints:
 
         self._together(f"{name}: cannot be begun", prepare)
         self._together(f"{name}: cannot be written", write)
-        digests = merge(self._together(f"{name}: cannot be flushed", flush))
+        digests = union(self._together(f"{name}: cannot be flushed", flush))
         self._together(f"{name}: cannot be completed", reveal)
         return self.folder / name
 
@@ -162,10 +159,9 @@ class Checkpoints:
 
     def _record(self, state: TrainState) -> dict[str, Any]:
         config, world_size = self.config, dist.get_world_size()
-        batch = config.accumulation_steps(world_size) * config.per_device_train_batch_size * world_size
         return dataclasses.asdict(state) | {
             "layout": zero_layout(config, world_size),
-            "global_batch_size": batch,
+            "global_batch_size": config.global_batch(world_size),
             "saved_at": time.time(),
             "data": self.data,
             "optimizer": optimizer_name(config),
@@ -180,90 +176,13 @@ class Checkpoints:
             if old.name != keep:
                 shutil.rmtree(old)
 
-    def find(self) -> Path | None:
-        """The checkpoint that `resume_from_checkpoint` asks for, verified; None for a fresh start.
-
-        The configuration takes over its global batch. Fields that differ from the checkpoint's are named.
-
-        Raises:
-            ValueError: where the named one is missing or damaged (the text names the files), or its global batch,
-                order of rows or optimizer cannot be kept.
-        """
-        wanted = self.config.resume_from_checkpoint
-        if wanted is None:
-            return None
-        if wanted == "auto":
-            path = self._newest_good()
-        else:
-            path = Path(wanted)
-            problems = verify(path)
-            if problems:
-                raise ValueError(f"resume_from_checkpoint={wanted!r}: {'; '.join(problems)}")
-        if path is not None:
-            manifest = verified_manifest(path)
-            keep_global_batch(self.config, path, manifest, dist.get_world_size())
-            self._accept(path, compare_fields(manifest["config"], self.config))
-            before, now = manifest.get("optimizer"), optimizer_name(self.config)
-            if before not in (None, now):
-                raise ValueError(f"{path} holds the moments of {before}, and the optimizer is now {now}: take it back")
-        return path
-
-    def check_inputs(self, path: Path, num_steps: int) -> None:
-        """Compare the run's rows, in `data`, and its length with the checkpoint's.
-
-        Raises:
-            ValueError: where the position in the rows would be lost, or the run is shorter than the checkpoint.
-        """
-        manifest = verified_manifest(path)
-        self._accept(path, compare_rows(manifest.get("data", {}), self.data))
-        config, step = self.config, manifest["step"]
-        if num_steps < step:
-            by_epochs = f"num_train_epochs={config.num_train_epochs} with its {num_steps} steps"
-            length = f"max_steps={num_steps}" if config.max_steps > 0 else by_epochs
-            raise ValueError(
-                f"{length} ends before step {step} of {path}: raise it, or resume from an earlier checkpoint"
-            )
-        if num_steps == step and dist.get_rank() == 0:
-            logger.info("step %d of %d is the last: evaluation and export are what is left", step, num_steps)
-
-    def _accept(self, path: Path, changes: Changes) -> None:
-        """Say what changed; raise ValueError where the data's position is lost and the run may not begin it anew."""
-        if changes.order and not self.config.allow_data_change:
-            raise ValueError(f"{path}: {'; '.join(changes.order)}")
-        self._begins_data_anew |= bool(changes.order)
-        for text in [*changes.said, *(text.replace(REMEDY, "The data begins anew") for text in changes.order)]:
-            if dist.get_rank() == 0:
-                logger.warning("%s: %s", path.name, text)
-
-    def _newest_good(self) -> Path | None:
-        """The newest checkpoint without a problem; says which are passed over, and why."""
-        is_main = dist.get_rank() == 0
-        pointer = self.folder / "latest"
-        if is_main and pointer.is_file():
-            named = pointer.read_text().strip()
-            if not (self.folder / named / MANIFEST).is_file():
-                logger.warning("%s names %r, which is not a complete checkpoint", pointer, named)
-        found = saved_checkpoints(self.folder)
-        dist.barrier()  # every rank has the same list: none writes before all have read
-        for path in found:
-            problems = verify(path)
-            if not problems:
-                if is_main:
-                    logger.info("resuming from %s", path)
-                return path
-            if is_main:
-                logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
-        if is_main:
-            logger.info("no complete checkpoint under %s: a fresh start", self.folder)
-        return None
-
-    def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
+    def load(self, found: Resumption, engine: deepspeed.DeepSpeedEngine) -> TrainState:
         """Weights, optimizer and schedule into the engine, which must be freshly built.
 
         Raises:
             ValueError, CheckpointError: as `universal_copy`, which is used where another layout wrote it.
         """
-        manifest, layout = verified_manifest(path), zero_layout(self.config, dist.get_world_size())
+        path, manifest, layout = found.path, found.manifest, zero_layout(self.config, dist.get_world_size())
         if {"bf16": manifest["config"]["bf16"], **manifest["layout"]} == layout:
             client_state = partitions.load_checkpoint(engine, path)
         else:
@@ -271,35 +190,13 @@ class Checkpoints:
             client_state = partitions.load_universal_checkpoint(engine, copy / UNIVERSAL_TAG)
         record = client_state["train_state"]
         self.saved_step = record["step"]
-        if self._begins_data_anew:
+        if found.begins_data_anew:
             record["batches"] = record["answered_batches"] = 0
         return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState) if f.name in record})
 
-    def load_rollouts(self, path: Path) -> list[list[Sample]] | None:
+    def load_rollouts(self, found: Resumption) -> list[list[Sample]] | None:
         """This rank's rollouts, where the checkpoint fell between two steps that share them and still are to."""
-        saved = verified_manifest(path)["config"]
+        saved = found.manifest["config"]
         if any(saved.get(name) != getattr(self.config, name) for name in ("rollout_reuse", "num_generations")):
             return None
-        return rollouts_of_rank(path, self.config, dist.get_rank(), dist.get_world_size())
-
-
-def verified_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that `verify` has found whole."""
-    manifest = read_manifest(path)
-    assert manifest is not None, path
-    return manifest
-
-
-def started_on(path: Path) -> str | None:
-    """The date on which the run of a verified checkpoint first started; None where it does not say."""
-    return verified_manifest(path).get("started")
-
-
-def saved_checkpoints(folder: Path) -> list[Path]:
-    """Folders `step_<N>`, the last written first. Those without a readable manifest, whose age is unknown, lead."""
-
-    def age(path: Path) -> tuple[float, int]:
-        manifest = read_manifest(path)
-        return (math.inf if manifest is None else manifest.get("saved_at", 0.0), int(path.name[5:]))
-
-    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=age, reverse=True)
+        return rollouts_of_rank(found.path, self.config, dist.get_rank(), dist.get_world_size())

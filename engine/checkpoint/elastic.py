@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.checkpoint.manifest import MANIFEST
+from engine.cluster.agreement import from_main
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.data.order import copy_indices, places_of_rank
@@ -41,28 +42,27 @@ def zero_layout(config: GKDConfig, world_size: int) -> dict[str, Any]:
     return {"world_size": world_size, "bf16": config.bf16, "sub_group_size": zero.get("sub_group_size"), **offload}
 
 
-def keep_global_batch(config: GKDConfig, path: Path, manifest: dict[str, Any], world_size: int) -> None:
-    """Set `config.global_batch_size` so that a resumed run's steps are as large as before.
+def batch_to_keep(config: GKDConfig, path: Path, manifest: dict[str, Any], world_size: int) -> int | None:
+    """The `global_batch_size` with which a resumed run's steps are as large as before; None where they are already.
 
     Raises:
         ValueError: where the ranks cannot share that batch, or the configuration asks for another.
     """
-    saved = manifest["global_batch_size"]
-    given = config.accumulation_steps(world_size) * config.per_device_train_batch_size * world_size
+    saved, given = manifest["global_batch_size"], config.global_batch(world_size)
     if given == saved:
-        return
+        return None
     if config.global_batch_size is not None or world_size == manifest["layout"]["world_size"]:
         raise ValueError(
             f"{path} was trained with {saved} sequences a step, and this configuration gives {given}: "
             f"set global_batch_size={saved}, or start a new run from its export"
         )
-    config.global_batch_size = saved
     try:
-        accumulation = config.accumulation_steps(world_size)
+        accumulation = config.with_global_batch(saved).accumulation_steps(world_size)
     except ValueError as error:
         raise ValueError(f"{path} was trained with {saved} sequences a step, which must be kept: {error}") from error
     if dist.get_rank() == 0:
         logger.info("%d sequences a step as before: %d micro-batches on %d ranks", saved, accumulation, world_size)
+    return saved
 
 
 def universal_copy(path: Path, manifest: dict[str, Any], layout: dict[str, Any], folder: Path) -> Path:
@@ -82,13 +82,12 @@ def universal_copy(path: Path, manifest: dict[str, Any], layout: dict[str, Any],
         )
     digest = hashlib.blake2b((path / MANIFEST).read_bytes(), digest_size=8).hexdigest()
     converted = folder / f".universal_{path.name}_{digest}"
-    problem: list[str | None] = [None]
+    problem = None
     if dist.get_rank() == 0 and not converted.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        problem = [disk_problem(path, manifest, folder)]
-    dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise CheckpointError(problem[0])
+        problem = disk_problem(path, manifest, folder)
+    if problem := from_main(problem):
+        raise CheckpointError(problem)
     convert_together(path, converted)
     return converted
 
@@ -121,19 +120,14 @@ def convert_together(path: Path, converted: Path) -> None:
         log = open(working / "convert.log", "w")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    status: list[int | None] = [None]
-    while status[0] is None:
-        if dist.get_rank() == 0:
-            status = [process.poll() if process is not None else 0]
-        dist.broadcast_object_list(status)
-        if status[0] is None:
-            time.sleep(POLL_S)
+    while (status := from_main(process.poll() if process is not None else 0)) is None:
+        time.sleep(POLL_S)
     if log is not None:
         log.close()
-    if process is not None and status[0] == 0:
+    if process is not None and status == 0:
         os.replace(working, converted)
     dist.barrier()
-    if status[0] != 0:
+    if status != 0:
         raise CheckpointError(f"{path} could not be converted to DeepSpeed's universal format: {working}/convert.log")
 
 

@@ -10,15 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch.distributed as dist
 
-from engine.errors import CheckpointError
-
-T = TypeVar("T")
+from engine.cluster.agreement import union
 
 MANIFEST = "manifest.json"
 
@@ -48,7 +45,7 @@ def verify(path: Path) -> list[str]:
             problems[name] = f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
         elif file_digest(path / name) != digest:
             problems[name] = f"{name} has changed since it was written"
-    return list(merge(problems).values())
+    return list(union(problems).values())
 
 
 def list_files(folder: Path) -> list[str]:
@@ -58,33 +55,6 @@ def list_files(folder: Path) -> list[str]:
 def share(names: list[str]) -> list[str]:
     """This rank's part of a list that is the same on all ranks."""
     return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
-
-
-def merge(own: dict[str, Any]) -> dict[str, Any]:
-    """Union of every rank's dict, sorted by key. All ranks must call."""
-    if not dist.is_initialized():
-        return own
-    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return dict(sorted((key, value) for one in everyone for key, value in one.items()))
-
-
-def all_or_none(what: str, folder: Path, action: Callable[[], T]) -> T:
-    """Run `action` on every rank and return its result; where it fails on one, fail on all. All ranks must call.
-
-    Raises:
-        CheckpointError: `what`, the ranks, their errors, and how full the disk under `folder` is.
-    """
-    result, problem = None, {}
-    try:
-        result = action()
-    except (OSError, CheckpointError) as error:
-        free = shutil.disk_usage(folder).free / 2**20
-        problem = {dist.get_rank(): f"rank {dist.get_rank()}: {error} (disk: {free:.1f} MiB free)"}
-    problems = merge(problem)
-    if problems:
-        raise CheckpointError(f"{what}: {'; '.join(problems.values())}")
-    return cast(T, result)
 
 
 def flushed_digests(folder: Path, names: list[str]) -> dict[str, list]:

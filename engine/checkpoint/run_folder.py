@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from engine.cluster.agreement import from_main
 from engine.config import GKDConfig
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,9 @@ def check_start(config: GKDConfig, resume_from: Path | None) -> None:
     Raises:
         ValueError: where a start would destroy what an earlier run left there.
     """
-    problem = [problem_with_start(config, resume_from) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise ValueError(problem[0])
+    problem = from_main(problem_with_start(config, resume_from) if dist.get_rank() == 0 else None)
+    if problem:
+        raise ValueError(problem)
 
 
 def problem_with_start(config: GKDConfig, resume_from: Path | None) -> str | None:

@@ -37,6 +37,12 @@ class VocabGroups:
         return range(start, start + self.group_size)
 
 
+def check_divides(field: str, size: int, world_size: int) -> None:
+    """Raise ValueError where groups of `size` ranks, which `field` sets, do not cover the ranks."""
+    if world_size % size:
+        raise ValueError(f"{field}={size} must divide the number of ranks, {world_size}")
+
+
 def build_vocab_groups(group_size: int | str, ranks_per_node: int) -> VocabGroups:
     """Process groups for `vocab_parallel_size`; "auto" is the node. All ranks must call.
 
@@ -48,8 +54,7 @@ def build_vocab_groups(group_size: int | str, ranks_per_node: int) -> VocabGroup
         size = ranks_per_node if world_size % ranks_per_node == 0 else world_size
     else:
         size = int(group_size)
-    if size > world_size or world_size % size:
-        raise ValueError(f"vocab_parallel_size={size} must divide the number of ranks, {world_size}")
+    check_divides("vocab_parallel_size", size, world_size)
     tokens = replicas = None
     for start in range(0, world_size, size):
         ranks = list(range(start, start + size))

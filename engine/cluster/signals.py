@@ -30,11 +30,32 @@ MAX_MINUTES = "max_minutes"
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What this rank wants after a step, whatever the others want."""
+
+    save: bool = False
+    evaluate: bool = False
+    log: bool = False
+    end: bool = False
+
+
+NO_WISHES = Wishes()
+
+
+@dataclass(frozen=True)
 class Due:
-    """What is due after a step, the same on every rank. `stop`: why the run is to end, or None."""
+    """What is due after a step, the same on every rank: what any of them wishes.
+
+    Attributes:
+        stop: why the run is to break off here, or None.
+        end: whether this step is to be the run's last, with all that follows the last one.
+    """
 
     save: bool
     stop: str | None
+    evaluate: bool = False
+    log: bool = False
+    end: bool = False
 
     @property
     def by_signal(self) -> bool:
@@ -94,15 +115,21 @@ class Watch:
         """A checkpoint was written: `save_minutes` counts from here."""
         self._saved_s = time.monotonic()
 
-    def agree(self) -> Due:
-        """What is due now: signals on any rank, times on rank 0's clock. One small collective; all ranks must call."""
+    def agree(self, wishes: Wishes = NO_WISHES) -> Due:
+        """What is due now: wishes and signals of any rank, times on rank 0's clock. One small collective.
+
+        All ranks must call.
+        """
         now_s, config = time.monotonic(), self.config
         is_clock = dist.get_rank() == 0
         is_up = is_clock and config.max_minutes is not None and now_s - self._started_s >= 60 * config.max_minutes
         save = is_clock and config.save_minutes is not None and now_s - self._saved_s >= 60 * config.save_minutes
-        flags = torch.tensor([max(self._signal, TIME_IS_UP * is_up), save], dtype=torch.int32, device=self.device)
+        own = [max(self._signal, TIME_IS_UP * is_up), save or wishes.save, wishes.evaluate, wishes.log, wishes.end]
+        flags = torch.tensor(own, dtype=torch.int32, device=self.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        number, save = flags.tolist()
-        if not number:
-            return Due(bool(save), None)
-        return Due(True, MAX_MINUTES if number == TIME_IS_UP else signal.Signals(number).name)
+        number, *wanted = flags.tolist()
+        save, evaluate, log, end = map(bool, wanted)
+        stop = None
+        if number:
+            stop = MAX_MINUTES if number == TIME_IS_UP else signal.Signals(number).name
+        return Due(save or stop is not None, stop, evaluate, log, end)

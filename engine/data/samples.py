@@ -86,11 +86,12 @@ class StepData:
         self._rows, self._seed, self._shuffle = rows, config.seed, shuffle
         self._batch, self._world_size, self._rank = config.per_device_train_batch_size, world_size, rank
         self._accumulation = config.accumulation_steps(world_size)
+        self.global_batch = config.global_batch(world_size)  # sequences of one optimizer step over all ranks
 
     @property
-    def global_batch(self) -> int:
-        """Sequences of one optimizer step over all ranks."""
-        return self._accumulation * self._world_size * self._batch
+    def has_length(self) -> bool:
+        """Whether there are epochs: a stream has none."""
+        return isinstance(self._rows, MapRows)
 
     @property
     def num_rows(self) -> int:
@@ -99,9 +100,10 @@ class StepData:
             raise ValueError("a stream has no length: set max_steps")
         return len(self._rows)
 
-    def steps_per_epoch(self, global_batch: int) -> float:
+    @property
+    def steps_per_epoch(self) -> float:
         """Optimizer steps of one epoch, with their fraction: epochs follow each other within a batch."""
-        return self.num_rows / global_batch
+        return self.num_rows / self.global_batch
 
     def lacks_answers(self, number: int) -> bool:
         """Whether global batch `number` of the order over all rows is not for a step on the dataset, which takes the

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.cluster.collectives import VocabGroups, all_gather_rows, pass_along, reduce_scatter_rows, sum_over_world
+from engine.cluster.collectives import (
+    VocabGroups,
+    all_gather_rows,
+    check_divides,
+    pass_along,
+    reduce_scatter_rows,
+    sum_over_world,
+)
 from engine.zero import partitions
 
 
@@ -50,10 +57,7 @@ class RowLayout:
     group_size: int
 
     def __post_init__(self) -> None:
-        if self.world_size % self.group_size:
-            raise ValueError(
-                f"vocab_parallel_size={self.group_size} must divide the number of ranks, {self.world_size}"
-            )
+        check_divides("vocab_parallel_size", self.group_size, self.world_size)
         if self.num_rows < self.world_size:
             raise ValueError(f"a head of {self.num_rows} rows cannot be cut over {self.world_size} ranks: use fewer")
 

@@ -26,11 +26,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from engine.cluster.agreement import raise_together
 from engine.config import GKDConfig
 from engine.data.batch import PackedBatch, Sample, pack
 from engine.models.shards import load_partitioned
 from engine.models.structure import check_packable, find_transform, is_composite, position_rows, text_backbone, unusable
-from engine.models.weights import check_complete, check_files, raise_together
+from engine.models.weights import check_complete, check_files
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +136,7 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
     try:
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
-        ) from error
+        raise not_found(name, error) from error
     except StrictDataclassError as error:
         raise ValueError(f"model {name!r}: its config.json is wrong: {' '.join(str(error).split())}") from error
     quantized = getattr(model_config, "quantization_config", None)
@@ -150,6 +149,11 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
             "and wrong gradients follow): use flash_attention_2 on a GPU, or eager"
         )
     return model_config
+
+
+def not_found(name: str, error: Exception) -> ValueError:
+    """What a model's name is told that leads nowhere."""
+    return ValueError(f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})")
 
 
 def check_positions(model_config: Any, max_length: int, who: str, may_warn: bool) -> None:
@@ -195,9 +199,7 @@ def download_model(name: str) -> None:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"])
     except (OSError, ValueError) as error:  # the hub's errors derive from one of them
-        raise ValueError(
-            f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})"
-        ) from error
+        raise not_found(name, error) from error
     return check_files(name, folder)
 
 

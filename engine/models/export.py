@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.checkpoint.manifest import all_or_none, flush_file, list_files, publish, verify
+from engine.checkpoint.manifest import flush_file, list_files, publish, verify
 from engine.checkpoint.parts import save_parts
+from engine.cluster.agreement import all_or_none
 from engine.errors import CheckpointError
 from engine.models.weights import persistent_buffers
 from engine.zero import partitions

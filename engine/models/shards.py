@@ -17,13 +17,13 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
+from engine.cluster.agreement import raise_together
 from engine.models.weights import (
     HARMLESS,
     TensorFiles,
     check_complete,
     find_tensor_files,
     persistent_buffers,
-    raise_together,
 )
 from engine.zero import partitions
 

@@ -15,7 +15,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
@@ -173,14 +172,3 @@ def listed(names: Collection[str]) -> str:
     names = sorted(names)
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + rest
-
-
-def raise_together(problem: str | None) -> None:
-    """Raise a ValueError on every rank where one has a problem, which it may alone have seen. All ranks must call."""
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    found = next((text for text in problems if text is not None), None)
-    if found is not None:
-        raise ValueError(found)

@@ -6,7 +6,12 @@ loss, all of them for the teacher).
 
 from __future__ import annotations
 
-FLOAT_BYTES = 4
+FLOAT_BYTES, DOUBLE_BYTES = 4, 8
+DOUBLES_SENT = 2  # per token: its weight and its target
+STATISTICS = 5  # fp32 per token and rank: maximum and sum of exponentials of both logits, the raw sum of the student's
+SUMS = 7  # fp32 per token, all-reduced: what the divergences and the metrics add up over the vocabulary
+REDUCES_PER_LAYER = 2  # of a tensor-parallel layer: after its attention and after its MLP
+ALL_REDUCE = 2  # times that an all-reduced element travels, out and back
 
 
 def head_bytes(num_rows: int, hidden_size: int, world_size: int, group_size: int, weight_bytes: int) -> float:
@@ -27,9 +32,9 @@ def hidden_bytes(tokens: int, student_hidden: int, teacher_hidden: int, group_si
 
 
 def scalar_bytes(tokens: int, group_size: int) -> float:
-    """Sent per rank and micro-batch besides: weights and targets (2 fp64), softmax statistics (5 fp32 from each rank
-    for each of the group's G T tokens), and the sums (7 fp32, all-reduced)."""
-    per_token = 2 * 8 + 5 * FLOAT_BYTES * group_size + 2 * 7 * FLOAT_BYTES
+    """Sent per rank and micro-batch besides: weights and targets, softmax statistics (from each rank for each of the
+    group's G T tokens), and the sums."""
+    per_token = DOUBLES_SENT * DOUBLE_BYTES + FLOAT_BYTES * (STATISTICS * group_size + ALL_REDUCE * SUMS)
     return (group_size - 1) * tokens * per_token
 
 
@@ -38,7 +43,8 @@ def tensor_parallel_forward_bytes(
 ) -> float:
     """Sent per rank and forward pass of a teacher split over k ranks: two all-reduces a layer over the k micro-batches
     that are scored together, 2 L k T H_t elements each of which travels 2 (k - 1) / k times."""
-    return 2 * num_layers * group_size * tokens * hidden * 2 * (group_size - 1) / group_size * element_bytes
+    elements = REDUCES_PER_LAYER * num_layers * group_size * tokens * hidden
+    return elements * ALL_REDUCE * (group_size - 1) / group_size * element_bytes
 
 
 def zero3_gather_bytes(num_elements: int, world_size: int, weight_bytes: int) -> float:
@@ -53,7 +59,7 @@ def zero3_gather_bytes(num_elements: int, world_size: int, weight_bytes: int) ->
 def zero3_gradient_bytes(num_elements: int, world_size: int, gradient_bytes: int, is_gloo: bool) -> float:
     """Sent per rank when ZeRO-3 reduces and scatters the backbone's gradient, once per micro-batch: as a gather; twice
     that on gloo, which all-reduces."""
-    return num_elements * (1 - 1 / world_size) * gradient_bytes * (2 if is_gloo else 1)
+    return num_elements * (1 - 1 / world_size) * gradient_bytes * (ALL_REDUCE if is_gloo else 1)
 
 
 def leaving_host_ring(sent_bytes: float) -> float:

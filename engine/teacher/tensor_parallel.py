@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.cluster.collectives import all_gather_rows
+from engine.cluster.collectives import all_gather_rows, check_divides
 from engine.data.batch import PackedBatch
 from engine.models.backbone import packed_inputs
 from engine.models.structure import position_rows, text_backbone
@@ -85,7 +85,6 @@ def build_group(size: int) -> dist.ProcessGroup:
         ValueError: where the size does not divide the number of ranks.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    if world_size % size:
-        raise ValueError(f"teacher_tp_size={size} must divide the number of ranks, {world_size}")
+    check_divides("teacher_tp_size", size, world_size)
     groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]
     return groups[rank // size]

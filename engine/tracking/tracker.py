@@ -4,8 +4,8 @@
 trackers (wandb, tensorboard) and the console get the same figures. Only the main rank writes. No function here
 contains a collective, and nothing here knows of models or losses.
 
-A tracker's server that fails must not stop training: every call to one goes through `Tracker._on_backends`, the
-only place in the package that catches every exception. `metrics.jsonl` is not a tracker in this sense: where it
+A tracker's server that fails must not stop training: every call to one goes through `Tracker._on_backends`, which
+catches every exception. `metrics.jsonl` is not a tracker in this sense: where it
 cannot be written, the run stops.
 """
 
@@ -126,10 +126,10 @@ class Tracker:
         self._is_open = True
         self._on_backends(lambda backend: backend.open(step))
 
-    def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Metric], is_wanted: bool = False) -> None:
         """Append a line to `metrics.jsonl`: `step`, `metrics`, and the seconds under `time` since the last call.
 
-        A second call for the same step joins its line.
+        A second call for the same step joins its line. `is_wanted`: the console shows the step, whatever its number.
         """
         phases = {f"perf/{name}_s": seconds for name, seconds in self._phases.take().items()}
         if not self.is_main:
@@ -143,7 +143,7 @@ class Tracker:
         self._open_once()
         self._on_backends(lambda backend: backend.log(step, metrics))
         if self._progress is not None:
-            self._progress.show(step, metrics)
+            self._progress.show(step, metrics, is_wanted)
 
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Record rows of text or figures, such as samples, in `tables/<name>.jsonl` and the trackers."""

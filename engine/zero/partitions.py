@@ -1,4 +1,4 @@
-"""The only room that touches DeepSpeed's internals. Written against deepspeed 0.19.8.
+"""DeepSpeed's ZeRO-3 from the inside, which no other file looks at. Written against deepspeed 0.19.8.
 
 It holds what the rest of the engine needs of ZeRO-3: a parameter's local piece, its gradient partition,
 rows of a partitioned matrix, and the parameters gathered for generation. It knows nothing of losses or models.

@@ -83,9 +83,11 @@ def resolve_deepspeed(config: GKDConfig, world_size: int, hidden_size: int | Non
         raise ValueError("deepspeed: `zero_optimization.stage` must be 3; the student is partitioned by ZeRO-3")
     drop_fp16(settings, "deepspeed")
     accumulation = config.accumulation_steps(world_size)
-    batch = config.per_device_train_batch_size * accumulation * world_size
     ours: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (batch, "per_device_train_batch_size x gradient_accumulation_steps x ranks"),
+        "train_batch_size": (
+            config.global_batch(world_size),
+            "per_device_train_batch_size x gradient_accumulation_steps x ranks",
+        ),
         "train_micro_batch_size_per_gpu": (config.per_device_train_batch_size, "per_device_train_batch_size"),
         "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
         "gradient_clipping": (config.max_grad_norm, "max_grad_norm"),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from engine import check
 from engine.cluster import hosts
+from engine.cluster.agreement import together
 from engine.config import GKDConfig
 
 
@@ -22,7 +23,7 @@ def one_fails() -> str:
             raise ValueError("line 3: no such role")
 
     with pytest.raises(ValueError) as raised:
-        check.together(action)
+        together(action)
     return str(raised.value)
 
 

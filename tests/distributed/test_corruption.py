@@ -53,22 +53,22 @@ def lose_manifest(path: Path) -> str:
 
 def find(output_dir: str, wanted: str) -> tuple[str | None, str, str]:
     """The checkpoint that is found, the error, and what was logged."""
-    from engine.checkpoint.checkpoint import Checkpoints
+    from engine.checkpoint.resumption import find_resumption
 
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger("engine.checkpoint.checkpoint")
+    logger = logging.getLogger("engine.checkpoint.resumption")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     found, error = None, ""
     try:
         fields = {"output_dir": output_dir, "per_device_train_batch_size": 2, "resume_from_checkpoint": wanted}
-        found = Checkpoints(GKDConfig(**fields)).find()
+        found = find_resumption(GKDConfig(**fields))
     except ValueError as raised:
         error = str(raised)
     logger.removeHandler(handler)
-    return found and found.name, error, "\n".join(records)
+    return found and found.path.name, error, "\n".join(records)
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lose_a_rank, break_manifest, lose_manifest])

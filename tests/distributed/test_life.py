@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from transformers import TrainerCallback
 
 from engine import GKDConfig, GKDTrainer
 from engine.errors import CheckpointError
@@ -181,15 +182,13 @@ def train_and_listen(fields: dict) -> tuple[dict, list[str]]:
 
 def train_by_hand(fields: dict) -> None:
     """Go on with the settings of `NEW` written into the optimizer before every step."""
-    trainer = GKDTrainer(args=GKDConfig(**fields))
-    optimizer, step = trainer.run.student.engine.optimizer.optimizer, trainer._train_step
 
-    def with_new_settings():
-        for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
-            group.update(lr=new_rate(trainer.state.step), eps=1e-3, weight_decay=decay)
-        return step()
+    class NewSettings(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            for group, decay in zip(optimizer.optimizer.param_groups, (0.3, 0.0), strict=True):
+                group.update(lr=new_rate(state.global_step), eps=1e-3, weight_decay=decay)
 
-    trainer._train_step = with_new_settings
+    trainer = GKDTrainer(args=GKDConfig(**fields), callbacks=[NewSettings])
     trainer.train()
     trainer.run.student.engine.destroy()
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import sys
 
+from transformers import TrainerCallback
+
 from engine.cli import main
-from engine.trainer import GKDTrainer
-
-step = GKDTrainer._train_step
+from tests.forked import add_callbacks
 
 
-def failing_step(self) -> dict[str, float]:
-    if self.state.step == 1 and self.run.rank == int(os.environ["FAIL"]):
-        raise KeyError("the bug")
-    return step(self)
+class Fail(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and os.environ["RANK"] == os.environ["FAIL"]:
+            raise KeyError("the bug")
 
 
 if __name__ == "__main__":
-    GKDTrainer._train_step = failing_step
+    add_callbacks([Fail()])
     status = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(status)

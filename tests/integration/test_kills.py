@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainerCallback
 
 from tests.library.forked import ForkedRun
 from tests.library.runs import metrics_of, weights_of, write_run_inputs
@@ -35,10 +36,21 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def die_in_save(point: str | None, number: int, starts: str) -> None:
+class NoteStart(TrainerCallback):
+    """Writes the step from which a process goes on into a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            with open(self.path, "a") as file:
+                file.write(f"{state.global_step}\n")
+
+
+def die_in_save(point: str | None, number: int, starts: str) -> list[TrainerCallback]:
     """Note where this process starts, and kill it when its save `number` gets to `point`."""
     from engine.checkpoint import checkpoint
-    from engine.trainer import GKDTrainer
     from engine.zero import partitions
 
     saves = [0]
@@ -61,19 +73,14 @@ def die_in_save(point: str | None, number: int, starts: str) -> None:
     killing(checkpoint, "publish", "rename", after=True)  # the folder has its name, `latest` still the old text
     killing(checkpoint, "remove_universal_copies", "latest")
     killing(checkpoint.Checkpoints, "_prune", "prune")
-    open_run, save = GKDTrainer._open, checkpoint.Checkpoints._write
-
-    def noted(self):
-        open_run(self)
-        if self.run.rank == 0:
-            with open(starts, "a") as file:
-                file.write(f"{self.state.step}\n")
+    save = checkpoint.Checkpoints._write
 
     def counted(self, *args, **kwargs):
         saves[0] += 1
         return save(self, *args, **kwargs)
 
-    GKDTrainer._open, checkpoint.Checkpoints._write = noted, counted
+    checkpoint.Checkpoints._write = counted
+    return [NoteStart(starts)]
 
 
 def start(recipe: Path, folder: Path, point: str | None = None, number: int = 0) -> ForkedRun:

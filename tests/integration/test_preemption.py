@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainerCallback
 
 from tests.library.forked import ForkedRun
 from tests.library.launch import free_port, launcher
@@ -24,17 +25,18 @@ from tests.library.runs import metrics_of, read_metrics, weights_of, write_run_i
 STEP_S = 0.15  # long enough for a signal to fall into a chosen step
 
 
-def slow_steps(seconds: float = STEP_S) -> None:
-    """Lengthen every step of this process."""
-    from engine.trainer import GKDTrainer
+class SlowSteps(TrainerCallback):
+    """Lengthens every step."""
 
-    original = GKDTrainer._train_step
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
-    def slow(self):
-        time.sleep(seconds)
-        return original(self)
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(self.seconds)
 
-    GKDTrainer._train_step = slow
+
+def slow_steps(seconds: float = STEP_S) -> list[TrainerCallback]:
+    return [SlowSteps(seconds)]
 
 
 @pytest.fixture(scope="module")
@@ -209,18 +211,19 @@ def test_a_stuck_rank_ends_the_others_after_the_time_out(recipe, tmp_path):
     assert status not in (0, None) and 3 < waited_s < 20, (status, waited_s, run.text())
 
 
-def full_disk(at_step: int) -> None:
+class FullDisk(TrainerCallback):
     """From `at_step` on, rank 1 cannot write files of more than 20 kB (its limit stands in for a full disk)."""
-    from engine.trainer import GKDTrainer
 
-    original = GKDTrainer._train_step
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
 
-    def step(self):
-        if self.state.step + 1 == at_step and os.environ["RANK"] == "1":
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.at_step and os.environ["RANK"] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        return original(self)
 
-    GKDTrainer._train_step = step
+
+def full_disk(at_step: int) -> list[TrainerCallback]:
+    return [FullDisk(at_step)]
 
 
 @pytest.mark.parametrize("reaction", ["raise", "warn"])

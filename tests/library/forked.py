@@ -6,6 +6,7 @@ already: a run starts in a second instead of ten, which makes many kills afforda
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.library.launch import free_port
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -36,14 +41,22 @@ def _rank(rank: int, world_size: int, port: str, log: str, words: list[str], bef
 
     torch.set_num_threads(1)
     if before is not None:
-        before()
+        add_callbacks(before())
     status = main(words)
     sys.stdout.flush()
     os._exit(status)  # as a forked process that has nothing to tidy up
 
 
+def add_callbacks(callbacks: list[TrainerCallback] | None) -> None:
+    """Let the commands of this process train with callbacks."""
+    from engine import trainer
+
+    if callbacks:
+        trainer.GKDTrainer = functools.partial(trainer.GKDTrainer, callbacks=callbacks)
+
+
 class ForkedRun:
-    """`before`, a picklable callable, runs in each rank before the command."""
+    """`before`, a picklable callable, runs in each rank before the command; callbacks that it returns see the run."""
 
     def __init__(self, world_size: int, words: list[str], folder: Path, before: Callable | None = None) -> None:
         port = free_port()

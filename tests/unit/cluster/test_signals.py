@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.cluster import signals
-from engine.cluster.signals import Due, Watch
+from engine.cluster.signals import Due, Watch, Wishes
 from engine.config import GKDConfig
 
 
@@ -19,6 +19,8 @@ def check_watch() -> None:
     cpu = torch.device("cpu")
     with Watch(GKDConfig(), cpu) as watch:
         assert watch.agree() == Due(False, None)
+        assert watch.agree(Wishes(save=True, log=True)) == Due(True, None, log=True)
+        assert watch.agree(Wishes(evaluate=True, end=True)) == Due(False, None, evaluate=True, end=True)
         os.kill(os.getpid(), signal.SIGUSR1)
         wait_for(lambda: watch._signal)
         os.kill(os.getpid(), signal.SIGTERM)  # within REPEAT_S: the same request, by another way

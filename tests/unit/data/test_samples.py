@@ -413,7 +413,7 @@ def test_shuffle_buffer_loses_nothing():
 def test_lengths_of_a_run(tokenizer):
     settings = config(per_device_train_batch_size=2, gradient_accumulation_steps=3)
     data = StepData(build(MapRows, dialogues(30), tokenizer), settings, 2, 0)
-    assert (data.num_rows, data.global_batch, data.steps_per_epoch(12)) == (30, 12, 2.5)
+    assert (data.num_rows, data.global_batch, data.steps_per_epoch) == (30, 12, 2.5)
     with pytest.raises(ValueError, match="set max_steps"):
         StepData(build(StreamRows, dialogues(3), tokenizer), settings, 2, 0).num_rows  # noqa: B018
 
