@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.library.runs import metrics_of, weights_of, write_run_inputs
+from tests.library.runs import metrics_of, read_lines, weights_of, write_run_inputs
 from tests.library.spoilt import train_spoilt
 
 
@@ -56,7 +55,7 @@ def test_too_many_in_a_row_end_the_run(ranks, fields, tmp_path):
     folder = Path(tmp_path / "run" / "bad_steps")
     names = {f"step_{step}_rank_{rank}.jsonl" for step in (2, 3) for rank in (0, 1)}
     assert {path.name for path in folder.iterdir()} == names
-    rows = [json.loads(line) for line in (folder / "step_3_rank_1.jsonl").read_text().splitlines()]
+    rows = read_lines(folder / "step_3_rank_1.jsonl")
     assert [row["index"] for row in rows] == [2, 3, 6, 7]  # rank 1's places in the global batch of 8
     assert [row["mean_divergence"] is None for row in rows] == [False, False, True, True]
     assert all("<|im_start|>user" in row["prompt"] for row in rows)

@@ -17,7 +17,7 @@ from engine import GKDConfig, GKDTrainer
 from engine.errors import CheckpointError
 from engine.models.export import export_checkpoint
 from tests.library.models import tiny_llama, tiny_tokenizer
-from tests.library.runs import metrics_of, train, weights_of, write_run_inputs
+from tests.library.runs import checkpoints_in, metrics_of, train, weights_of, write_run_inputs
 
 STEPS = 3
 
@@ -38,10 +38,6 @@ def finished(ranks, inputs) -> Path:
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def checkpoints_in(folder: Path) -> list[int]:
-    return sorted(int(path.parent.name[5:]) for path in (folder / "checkpoints").glob("step_*/manifest.json"))
 
 
 def refused(fields: dict) -> str:

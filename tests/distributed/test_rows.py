@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.library.models import CHATML, tiny_tokenizer
-from tests.library.runs import copy_at_step, metrics_of, samples_of, train, write_run_inputs
+from tests.library.runs import copy_at_step, metrics_of, read_lines, samples_of, train, write_run_inputs
 
 STEPS, SAVED_AT = 8, 3
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
@@ -34,7 +34,7 @@ def fields(tmp_path_factory) -> dict:
     tokenizer.chat_template = DATED
     tokenizer.save_pretrained(folder / "student")
     path = Path(fields["dataset_name"]) / "train.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_lines(path)
     for number, row in enumerate(rows):
         row["messages"][0]["content"] = f"{'ask' if number % 4 else 'answered'} {number}"
         del row["messages"][1 if number % 4 else 2 :]

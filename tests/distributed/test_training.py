@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from engine import GKDConfig, GKDTrainer
 from tests.library.models import build, tiny_llama, tiny_tokenizer
-from tests.library.runs import assert_same_run, metrics_of, samples_of, train, weights_of, write_run_inputs
+from tests.library.runs import assert_same_run, metrics_of, read_lines, samples_of, train, weights_of, write_run_inputs
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_bf16_gives_the_same_gradients(ranks, inputs, tmp_path):
 def test_completions_are_kept(ranks, inputs, tmp_path):
     fields = inputs | {"output_dir": str(tmp_path / "run"), "lmbda": 1.0, "max_steps": 2, "log_completions_steps": 1}
     ranks(2).run(train, fields)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "tables" / "completions.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "run" / "tables" / "completions.jsonl")
     assert [row["step"] for row in rows] == [1] * 4 + [2] * 4  # rank 0's half of each batch of eight
     assert all(row["prompt"].startswith("<|im_start|>user") and row["mean_divergence"] > 0 for row in rows)
 

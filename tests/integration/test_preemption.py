@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from tests.library.forked import ForkedRun
 from tests.library.launch import free_port, launcher
 from tests.library.paths import ROOT
-from tests.library.runs import metrics_of, read_metrics, weights_of, write_run_inputs
+from tests.library.runs import checkpoints_in, metrics_of, read_metrics, weights_of, write_run_inputs
 
 STEP_S = 0.15  # long enough for a signal to fall into a chosen step
 
@@ -66,10 +66,6 @@ def steps_in(folder: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def checkpoints_in(folder: Path) -> list[int]:
-    return sorted(int(path.parent.name[5:]) for path in (folder / "run" / "checkpoints").glob("step_*/manifest.json"))
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, whole, tmp_path, number):
     """Exit status 0 within a step; a launcher's echo of the signal changes nothing; the resumed run is the same."""
@@ -81,7 +77,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(recipe, whole, tmp_pat
     assert run.wait(30) == [0, 0], run.text()
     stopped = steps_in(tmp_path)
     assert before <= stopped <= before + 2  # the step in which the signal came, and perhaps one that had just begun
-    assert checkpoints_in(tmp_path) == [stopped] and not (tmp_path / "run" / "final").exists()
+    assert checkpoints_in(tmp_path / "run") == [stopped] and not (tmp_path / "run" / "final").exists()
     assert f"stopped after step {stopped} of 12 by {number.name}; checkpoint of step {stopped}" in run.text()
     run = start(recipe, tmp_path, "--resume_from_checkpoint", "auto", before=None)
     assert run.wait(60) == [0, 0], run.text()
@@ -109,7 +105,7 @@ def test_ctrl_c_in_the_last_evaluation_leaves_the_export_to_a_resume(recipe, tmp
     for rank in (0, 1):
         run.signal(rank, signal.SIGINT)
     assert run.wait(30) == [0, 0], run.text()
-    assert checkpoints_in(tmp_path) == [2] and not (tmp_path / "run" / "final").exists()
+    assert checkpoints_in(tmp_path / "run") == [2] and not (tmp_path / "run" / "final").exists()
     assert "stopped after step 2 of 2 by SIGINT; checkpoint of step 2" in run.text()
     words = ["--max_steps", "2", "--resume_from_checkpoint", "auto"]
     assert start(recipe, tmp_path, *words, before=None).wait(60) == [0, 0]
@@ -158,7 +154,7 @@ def test_a_signal_to_the_whole_job_under_the_deepspeed_launcher(recipe, tmp_path
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
-    assert checkpoints_in(tmp_path) == [steps_in(tmp_path)]
+    assert checkpoints_in(tmp_path / "run") == [steps_in(tmp_path)]
 
 
 def test_a_second_signal_ends_a_hanging_rank_at_once(recipe, tmp_path):
@@ -185,7 +181,7 @@ def test_max_minutes_ends_a_run_and_save_minutes_saves(recipe, tmp_path):
     assert run.wait(60) == [0, 0], run.text()
     stopped = steps_in(tmp_path)
     assert 1 < stopped < 12 and f"stopped after step {stopped} of 12 by max_minutes" in run.text()
-    saved = checkpoints_in(tmp_path)
+    saved = checkpoints_in(tmp_path / "run")
     assert len(saved) > 1 and saved[-1] == stopped  # by the clock, and at the end
 
 
@@ -232,7 +228,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(recipe, whole, tmp_path, reac
     run = start(recipe, tmp_path, *flags, before=functools.partial(full_disk, 6))
     expected = [0, 0] if reaction == "warn" else [1, 1]
     assert run.wait(60) == expected, run.text()
-    assert checkpoints_in(tmp_path) == [4]
+    assert checkpoints_in(tmp_path / "run") == [4]
     assert not list((tmp_path / "run" / "checkpoints").glob(".saving_*"))
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_4"
     text = "".join(log.read_text() for log in run.logs)  # all ranks raise it; the first to do so has the console

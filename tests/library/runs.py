@@ -83,6 +83,11 @@ def metrics_of(folder: str | Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in read_metrics(folder)]
 
 
+def checkpoints_in(folder: Path) -> list[int]:
+    """Steps of a run's complete checkpoints."""
+    return sorted(int(path.parent.name[5:]) for path in (folder / "checkpoints").glob("step_*/manifest.json"))
+
+
 def weights_of(folder: str | Path) -> torch.Tensor:
     tensors = load_file(Path(folder) / "final" / "model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()

@@ -22,6 +22,7 @@ from engine.zero.settings import (
     teacher_settings,
 )
 from tests.library.paths import ROOT
+from tests.library.settings import load_in_deepspeed
 
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
@@ -290,12 +291,6 @@ def test_teacher_settings_load_in_deepspeed(path):
     devices = {"teacher_zero3": "none", "teacher_zero3_cpu": "cpu", "teacher_zero3_nvme": "nvme"}
     offload = loaded.zero_config.offload_param
     assert (offload.device if offload else "none") == devices[path.stem]
-
-
-def load_in_deepspeed(settings: dict):
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    return DeepSpeedConfig(settings)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)

@@ -17,6 +17,7 @@ from engine.data.chat import (
     stop_token_ids,
 )
 from engine.data.tokenizer import PROBE, load_tokenizer, prepare_tokenizer
+from tests.library.rows import talk
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -68,12 +69,6 @@ def sentencepiece_file(ending: str) -> Path:
 @pytest.fixture(scope="module", params=["tokenizer.model.v1", "241114.model.v7"])
 def spm(request) -> Path:
     return sentencepiece_file(request.param)
-
-
-def talk(*contents: str, system: str | None = None) -> list[dict]:
-    roles = ["user", "assistant"] * len(contents)
-    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-    return ([{"role": "system", "content": system}] if system else []) + messages
 
 
 def marked_texts(tokenizer, input_ids, mask) -> list[str]:

@@ -21,6 +21,7 @@ from engine.data.sources import JsonLines
 from engine.data.tally import RowRules
 from engine.data.template import TemplateInput
 from tests.library.models import CHATML, tiny_tokenizer
+from tests.library.rows import dialogues, talk, write_jsonl
 
 ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -39,19 +40,6 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
-
-
-def talk(*contents: str) -> list[dict]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def dialogues(count: int) -> list[dict]:
-    return [{"messages": talk(f"question {i}", f"answer {i}")} for i in range(count)]
-
-
-def write_jsonl(path, rows) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
 
 
 def config(**values) -> GKDConfig:

@@ -6,10 +6,7 @@ import pytest
 from datasets import Dataset
 
 from engine.data.rows import parse_row
-
-
-def talk(*contents: str) -> list[dict]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+from tests.library.rows import talk
 
 
 def flagged(contents: str, **flags: dict) -> list[dict]:

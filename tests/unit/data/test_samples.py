@@ -18,6 +18,7 @@ from engine.data.samples import StepData, build_rows, eval_batches
 from engine.data.selection import MapRows, StreamRows
 from engine.data.sources import JsonLines, load_rows
 from engine.data.tally import RowRules
+from tests.library.rows import dialogues, talk, write_jsonl
 
 GOLDEN_PERMUTATION = [3, 1, 5, 7, 4, 0, 6, 2]  # seed 42, epoch 0
 
@@ -38,19 +39,6 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", chat_template=TEMPLATE
     )
-
-
-def talk(*contents: str) -> list[dict]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def dialogues(count: int) -> list[dict]:
-    return [{"messages": talk(f"question {i}", f"answer {i}")} for i in range(count)]
-
-
-def write_jsonl(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def config(**values) -> GKDConfig:

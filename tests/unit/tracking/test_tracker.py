@@ -17,6 +17,7 @@ from engine.config import GKDConfig, config_from_dict
 from engine.tracking.progress import format_duration
 from engine.tracking.tracker import Tracker, has_wandb_key, wandb_mode
 from tests.library.paths import ROOT
+from tests.library.runs import read_lines
 
 AWKWARD_FLOATS = [1 / 3, 0.1 + 0.2, 1e-300, 5e-324, math.pi * 1e12, -0.0]
 
@@ -32,10 +33,6 @@ def _no_account(monkeypatch, tmp_path):
 def build_tracker(run_dir: Path, is_main: bool = True, run_id: str | None = None, **fields) -> Tracker:
     fields = {"report_to": "none", "logging_steps": 1, "max_steps": 4, **fields}
     return Tracker(GKDConfig(**fields), run_dir, is_main, run_id, {"deepspeed_resolved": {"train_batch_size": 8}})
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_metrics_read_back_exactly(tmp_path):

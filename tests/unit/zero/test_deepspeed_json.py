@@ -14,6 +14,7 @@ from engine.config import GKDConfig, config_from_dict
 from engine.zero.deepspeed_json import KEYS, REMOVED, read_json
 from engine.zero.settings import replaced_scheduler, resolve_deepspeed, teacher_settings
 from tests.library.paths import ROOT
+from tests.library.settings import load_in_deepspeed
 
 SHIPPED = sorted((ROOT / "tests/deepspeed_files").glob("*.json"))
 STAGE3 = {"zero_optimization": {"stage": 3}}
@@ -25,12 +26,6 @@ def zero3(**keys) -> dict:
 
 def resolve(settings: dict | str, **fields) -> dict:
     return resolve_deepspeed(GKDConfig(deepspeed=settings, **fields), world_size=1, hidden_size=64)
-
-
-def load_in_deepspeed(settings: dict):
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    return DeepSpeedConfig(settings)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
