@@ -10,8 +10,8 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 
 from engine import GKDConfig, GKDTrainer
-from tests.distributed.test_training import metrics_of
-from tests.models import write_run_inputs
+from tests.library.models import write_run_inputs
+from tests.library.runs import metrics_of
 
 
 class Recorder(TrainerCallback):

@@ -8,7 +8,7 @@ import sys
 from transformers import TrainerCallback
 
 from engine.cli import main
-from tests.forked import add_callbacks
+from tests.library.forked import add_callbacks
 
 
 class Fail(TrainerCallback):
