@@ -10,8 +10,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 
 from engine import GKDConfig, GKDTrainer
-from tests.library.models import write_run_inputs
-from tests.library.runs import metrics_of
+from tests.library.runs import metrics_of, write_run_inputs
 
 
 class Recorder(TrainerCallback):
