@@ -16,11 +16,10 @@ from engine.config import GKDConfig
 from engine.data.batch import Sample, pack
 from engine.loss import vocab_parallel
 from engine.loss.divergence import DivergenceSpec, dense_divergence
-from engine.loss.head import build_teacher_head
 from engine.loss.projection import project
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 from engine.models.student import build_student
-from engine.teacher import build_teacher
+from engine.teacher.placements import build_teacher
 from tests import models
 from tests.models import tiny_llama
 from tests.unit.models.test_heads import CONFIGS
@@ -88,31 +87,23 @@ def build(case: Case, learning_rate: float = 0.0, hidden_size: int = 16):
     reference = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     built = build_student(config, student, groups, shared, num_steps=10)
     teacher = build_teacher(config, teacher, torch.device("cpu"))
-    shard = build_teacher_head(teacher.head, built.head.ids_S, shared)
-    return built, teacher, shard, Stream(groups, built.head.ids_S, case.chunk_bytes, case.compiled), reference
+    teacher.attach(built)
+    return built, teacher, Stream(groups, built.head.ids_S, case.chunk_bytes, case.compiled), reference
 
 
 def train_step(case: Case, parts, spec: DivergenceSpec) -> float:
     """Forward and backward of one optimizer step, up to the head's gradient; returns the global loss."""
-    student, teacher, teacher_shard, stream, _ = parts
+    student, teacher, stream, _ = parts
     rank, shared = dist.get_rank(), min(case.vocab_size, case.teacher_vocab_size)
     batches = [pack(samples_of(rank, m, shared), "cpu") for m in range(case.accumulation)]
     counts = gather_counts([b.num_response_tokens for b in batches], "cpu")
     total = torch.zeros(1)
     shard = student.open_step(train=True)
-    for index, batch in enumerate(batches):
+    for index, (batch, signal) in enumerate(zip(batches, teacher.signals(batches), strict=True)):
         weights = torch.full((batch.num_response_tokens,), 1 / counts.sum().item())
         longest = int(counts[list(stream.groups.group_ranks), index].max())
         loss, _ = vocab_parallel_divergence(
-            student.hidden(batch),
-            teacher.hidden(batch),
-            shard,
-            teacher_shard,
-            batch.target_ids_N,
-            weights,
-            longest,
-            spec,
-            stream,
+            student.hidden(batch), signal, shard, batch.target_ids_N, weights, longest, spec, stream
         )
         student.backward(loss, is_last=index + 1 == len(batches))
         total += loss.detach()
@@ -149,7 +140,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def check_gradients(case: Case, specs: list[DivergenceSpec]) -> list[tuple]:
     """Relative errors of loss, every parameter's gradient (worst), head gradient and norm, for each spec."""
     parts = build(case)
-    student, reference = parts[0], parts[4]
+    student, reference = parts[0], parts[3]
     named = dict(reference[0].named_parameters())
     head = reference[0].get_output_embeddings().weight
     norms_head = next(name for name, param in named.items() if param is head)
@@ -229,7 +220,7 @@ def test_heads_with_bias_scale_or_soft_cap(ranks, family):
 def check_weights_after_steps(case: Case, num_steps: int) -> float:
     """Relative difference to dense AdamW in float64 after some steps, over all parameters."""
     parts = build(case, learning_rate=1e-2)
-    student, reference = parts[0], parts[4]
+    student, reference = parts[0], parts[3]
     spec = DivergenceSpec("jsd", beta=0.3)
     model = reference[0]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -266,27 +257,27 @@ def check_against_deepspeed(temperature: float) -> list[tuple[float, float]]:
 
     case = Case(dist.get_world_size())
     parts = build(case)
-    student, teacher, teacher_shard, stream, _ = parts
+    student, teacher, stream, _ = parts
     batch = pack(samples_of(0, 0, case.vocab_size), "cpu")  # every rank has the same tokens, as DeepSpeed's op expects
     weights = torch.ones(batch.num_response_tokens)
     rows = []
     for reverse, kind in ((False, "forward_kl"), (True, "reverse_kl")):
         shard = student.open_step(train=True)
         hidden = student.hidden(batch).detach().requires_grad_()
-        teacher_hidden = teacher.hidden(batch)
+        (signal,) = teacher.signals([batch])
         spec = DivergenceSpec(kind, temperature=temperature)
         loss, values = vocab_parallel_divergence(
-            hidden, teacher_hidden, shard, teacher_shard, batch.target_ids_N, weights, len(weights), spec, stream
+            hidden, signal, shard, batch.target_ids_N, weights, len(weights), spec, stream
         )
         (ours,) = torch.autograd.grad(loss, hidden)
         z = project(hidden, shard) / temperature
-        t = project(teacher_hidden, teacher_shard) / temperature
+        t = project(signal.hidden_NH, signal.head) / temperature
         z = z.detach().requires_grad_()
         kl = vocab_parallel_kl_div(z, t, reverse=reverse, tp_group=stream.groups.tokens)
         (logit_grad,) = torch.autograd.grad(kl.sum(), z)
         theirs = (logit_grad / temperature) @ shard.weight_SH
         dist.all_reduce(theirs)
-        rows.append((relative(values[:, 0], kl.double().detach()), relative(ours, theirs.double())))
+        rows.append((relative(values.divergence, kl.double().detach()), relative(ours, theirs.double())))
         student.head.shard = None
     student.engine.destroy()
     return rows
