@@ -46,7 +46,8 @@ from engine.models.backbone import (
 from engine.models.student import Student, build_student
 from engine.rollout.rollout import Rollout
 from engine.rollout.sampling import Sampling
-from engine.teacher import AlternatingTeacher, Teacher, build_teacher
+from engine.teacher.interface import Teacher
+from engine.teacher.placements import build_teacher
 from engine.tracking.bad_steps import BadSteps
 from engine.tracking.performance import Meter
 from engine.zero import partitions
@@ -126,9 +127,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
     student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
     teacher = build_teacher(config, inputs.teacher_model, device)
-    if isinstance(teacher, AlternatingTeacher):
-        teacher.student_engine = student.engine
-    objective = Objective(config, student.head, teacher.head, read.shared_vocab_size, device)
+    teacher.attach(student)
+    objective = Objective(config, student.head, device)
     sampling = build_sampling(config, read.tokenizer, student.model, read.shared_vocab_size)
     parts = export_parts(student.model.config, student.model.generation_config, read.tokenizer, sampling.stop_ids)
     rollout = Rollout(config, sampling, rank, world_size, device)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.data.batch import PackedBatch, Sample, pack
-from engine.loss.objective import Objective, ValueSums, count_response_tokens
+from engine.data.batch import Sample, pack
+from engine.loss.objective import Objective
 from engine.models.student import Student
 from engine.rollout.rollout import Rollout
-from engine.teacher import Teacher
+from engine.teacher.interface import Teacher
 
 NOTHING = Sample(prompt_ids=[0], input_ids=[0], response_mask=[False], index=-1)  # fills a rank's missing batch
 
@@ -42,9 +42,8 @@ class Evaluator:
         """Samples use the same seeds every time, so that two evaluations differ by the student alone."""
         completions = self.rollout.complete([s for b in self.batches for s in b], 1, ("evaluation",), self.student)
         own = [[s.with_response(completions.token_ids[s.index]) for s in batch] for batch in self.batches]
-        shard = self.student.open_step(train=False)
-        references, _ = self._means(self.batches, shard)
-        samples, _ = self._means(own, shard)
+        self.student.open_step(train=False)
+        references, samples = self._means(self.batches), self._means(own)
         metrics = {
             "eval/divergence": references["divergence"],
             "eval/perplexity": math.exp(min(references["nll"], 700.0)),
@@ -57,13 +56,9 @@ class Evaluator:
         return Evaluation(metrics, first.prompt_ids, completions.token_ids.get(first.index, []))
 
     @torch.no_grad()
-    def _means(self, batches: list[list[Sample]], shard) -> tuple[dict[str, float], float]:
-        packed: list[PackedBatch] = [pack(batch or [NOTHING], self.objective.device) for batch in batches]
-        counts = count_response_tokens(packed, self.objective.device)
-        sums, spec = ValueSums(self.objective.device), self.objective.spec(with_references=False)
-        for micro, (batch, teacher_NH) in enumerate(zip(packed, self.teacher.score(packed), strict=True)):
-            student_NH = self.student.hidden(batch)
-            _, values_N6 = self.objective(student_NH, teacher_NH, shard, batch, counts, micro, spec)
-            sums.add(batch, values_N6)
-        means, _, count = sums.reduce()
-        return means, count
+    def _means(self, batches: list[list[Sample]]) -> dict[str, float]:
+        packed = [pack(batch or [NOTHING], self.objective.device) for batch in batches]
+        step = self.objective.begin(packed, with_references=False)
+        for micro, (batch, signal) in enumerate(zip(packed, self.teacher.signals(packed), strict=True)):
+            step(self.student.hidden(batch), signal, micro)
+        return step.reduce().means

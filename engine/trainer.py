@@ -22,7 +22,7 @@ from engine.cluster.signals import MAX_MINUTES, Due, Watch
 from engine.config import GKDConfig
 from engine.data.batch import PackedBatch, Sample, pack
 from engine.evaluation import Evaluation
-from engine.loss.objective import ValueSums, count_response_tokens
+from engine.loss.values import TokenValues
 from engine.models.export import export_student
 from engine.paths import expand_path
 from engine.tracking.bad_steps import sample_rows
@@ -182,34 +182,30 @@ class GKDTrainer:
         torch.manual_seed(draw_seed(self.config.seed, "dropout", state.step, run.rank))
         samples, metrics = self._next_samples()  # (x, y): from the data, the student or the teacher
         batches = [pack(batch, run.device) for batch in samples]
+        on_policy = bool(metrics["train/on_policy"])
         with tracker.time("idle"):
-            counts = count_response_tokens(batches, run.device)
-        spec = run.objective.spec(with_references=not metrics["train/on_policy"])
-        sums, own_values = ValueSums(run.device), []
+            loss_step = run.objective.begin(batches, with_references=not on_policy)
         with tracker.time("student"):
-            shard = run.student.open_step(train=True)
-        scores = run.teacher.score(batches)
+            run.student.open_step(train=True)
+        signals = run.teacher.signals(batches)
         for micro, batch in enumerate(batches):
             with tracker.time("teacher"):
-                teacher_NH = next(scores)
+                signal = next(signals)
             with tracker.time("student"):
                 student_NH = run.student.hidden(batch)
             with tracker.time("loss"):
-                loss, values_N6 = run.objective(student_NH, teacher_NH, shard, batch, counts, micro, spec)
+                loss = loss_step(student_NH, signal, micro)
             with tracker.time("backward"):
                 run.student.backward(loss, is_last=micro + 1 == len(batches))
-            sums.add(batch, values_N6, loss)
-            own_values.append(values_N6)
         with tracker.time("idle"):
-            means, loss_global, num_tokens = sums.reduce()
+            means, loss_global, num_tokens = loss_step.reduce()
         learning_rate = run.student.learning_rate
         with tracker.time("optimizer"):
             was_applied = run.student.step(is_finite=math.isfinite(loss_global))
         state.step += 1
         state.tokens += int(num_tokens)
-        run.bad_steps.record(state, was_applied, samples, batches, own_values)
-        on_policy = bool(metrics["train/on_policy"])
-        self._log_completions(samples, batches, own_values, on_policy)
+        run.bad_steps.record(state, was_applied, samples, batches, loss_step.values)
+        self._log_completions(samples, batches, loss_step.values, on_policy)
         step_s = time.perf_counter() - started
         metrics |= {VALUE_METRICS.get(name, "train/") + name: value for name, value in means.items()}
         writes = "rollout/tokens" in metrics
@@ -256,7 +252,7 @@ class GKDTrainer:
         return samples, metrics
 
     def _log_completions(
-        self, samples: list[list[Sample]], batches: list[PackedBatch], values: list[torch.Tensor], on_policy: bool
+        self, samples: list[list[Sample]], batches: list[PackedBatch], values: list[TokenValues], on_policy: bool
     ) -> None:
         every = self.config.log_completions_steps
         if not on_policy or not every or self.state.step % every:

@@ -31,7 +31,8 @@ from engine.bench.loopback import private_loopback, why_not_private
 from engine.bench.measure import Measured, measure
 from engine.cluster.collectives import VocabGroups, build_vocab_groups
 from engine.loss.divergence import DivergenceSpec, dense_divergence
-from engine.loss.head import HeadShard, RowLayout, masked_columns
+from engine.loss.head import HeadShard, VocabLayout, masked_columns
+from engine.loss.signal import HiddenSignal
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 from engine.plan import volume
 
@@ -54,7 +55,7 @@ class Size:
 
 
 @dataclass
-class Row:
+class Line:
     """A contender's figures, medians over the rounds; bytes are sent per rank and step."""
 
     name: str
@@ -76,24 +77,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-bytes", type=int, default=defaults.chunk_bytes)
     parser.add_argument("--compiled", action="store_true", help="fuse the element-wise part with torch.compile")
     parser.add_argument("--no-naive", dest="naive", action="store_false", help="leave whole logits out")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the lines to this file")
 
 
 def run(options: argparse.Namespace) -> int:
     names = [name for name in Size.__dataclass_fields__ if hasattr(options, name)]
     size = Size(**{name: getattr(options, name) for name in names})
-    rows = bench(size)
-    print(format_table(size, rows))
+    lines = bench(size)
+    print(format_table(size, lines))
     shared = why_not_private()
-    if shared and any(row.sent_bytes is not None for row in rows):
+    if shared and any(line.sent_bytes is not None for line in lines):
         print(f"`sent` counts whatever else passed over this machine's loopback, too: {shared}")
     if options.json:
-        options.json.write_text(json.dumps({"size": asdict(size), "rows": [asdict(row) for row in rows]}, indent=1))
+        options.json.write_text(json.dumps({"size": asdict(size), "rows": [asdict(line) for line in lines]}, indent=1))
     return 0
 
 
-def bench(size: Size) -> list[Row]:
-    """Start the ranks, measure, and return rank 0's rows."""
+def bench(size: Size) -> list[Line]:
+    """Start the ranks, measure, and return rank 0's lines."""
     with tempfile.TemporaryDirectory() as folder:
         # Without these, glibc keeps freed blocks and the peak of one contender hides that of the next.
         os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**22), MALLOC_TRIM_THRESHOLD_=str(2**26), OMP_NUM_THREADS="1")
@@ -103,7 +104,7 @@ def bench(size: Size) -> list[Row]:
             ranks = multiprocessing.spawn(_rank, args=(size, folder), nprocs=size.ranks, join=False)
         while not ranks.join():
             pass
-        return [Row(**row) for row in json.loads((Path(folder) / "rows.json").read_text())]
+        return [Line(**line) for line in json.loads((Path(folder) / "lines.json").read_text())]
 
 
 def _rank(rank: int, size: Size, folder: str) -> None:
@@ -124,17 +125,17 @@ def _rank(rank: int, size: Size, folder: str) -> None:
             runs[name].append(measure(function))
     if rank == 0:
         floor = statistics.median(m.seconds for m in runs["gemms"])
-        rows = [_row(name, runs[name], floor, contenders[name][1], size) for name in contenders]
-        (Path(folder) / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
+        lines = [_line(name, runs[name], floor, contenders[name][1], size) for name in contenders]
+        (Path(folder) / "lines.json").write_text(json.dumps([asdict(line) for line in lines]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _row(name: str, runs: list[Measured], floor: float, formula: float, size: Size) -> Row:
+def _line(name: str, runs: list[Measured], floor: float, formula: float, size: Size) -> Line:
     seconds = statistics.median(m.seconds for m in runs)
     counts = [m.sent_bytes for m in runs if m.sent_bytes is not None]  # none on an accelerator
     sent = statistics.median(counts) / size.ranks if counts else None
-    return Row(name, seconds, seconds / floor, int(statistics.median(m.peak_bytes for m in runs)), sent, formula)
+    return Line(name, seconds, seconds / floor, int(statistics.median(m.peak_bytes for m in runs)), sent, formula)
 
 
 Contender = tuple[Callable[[], object], float]
@@ -203,7 +204,7 @@ def _naive(spec: DivergenceSpec, student_NH, teacher_NH, student_VH, teacher_VH)
 
 def _ours(size, spec, groups, student_NH, teacher_NH, targets_N, student_VH, teacher_VH) -> Callable[[], object]:
     """The stream on this rank's rows, one micro-batch; the head's own exchange is not part of it."""
-    layout = RowLayout(size.vocab, size.student_hidden, groups.world_size, groups.group_size)
+    layout = VocabLayout(size.vocab, size.student_hidden, groups.world_size, groups.group_size)
     ids_S = layout.shard_ids(groups.rank)
     columns = masked_columns(ids_S, size.vocab, student_NH.device)
     rows = ids_S.clamp_min(0).to(student_NH.device)
@@ -218,7 +219,7 @@ def _ours(size, spec, groups, student_NH, teacher_NH, targets_N, student_VH, tea
         teacher = HeadShard(teacher_SH, None, columns, 1.0, None)
         hidden = student_NH.detach().requires_grad_()
         loss, _ = vocab_parallel_divergence(
-            hidden, teacher_NH, student, teacher, targets_N, weight_N, size.tokens, spec, stream
+            hidden, HiddenSignal(teacher_NH, teacher), student, targets_N, weight_N, size.tokens, spec, stream
         )
         loss.backward()
         return hidden.grad, grad_SH
@@ -226,17 +227,17 @@ def _ours(size, spec, groups, student_NH, teacher_NH, targets_N, student_VH, tea
     return run
 
 
-def format_table(size: Size, rows: list[Row]) -> str:
-    lines = [
+def format_table(size: Size, lines: list[Line]) -> str:
+    text = [
         f"loss, V={size.vocab} H_s={size.student_hidden} H_t={size.teacher_hidden}, {size.tokens} tokens a rank, "
         f"{size.ranks} ranks, chunk {size.chunk_bytes / 2**20:.0f} MiB, {size.kind} beta={size.beta}, "
         f"{'compiled' if size.compiled else 'eager'}, medians of {size.rounds} rounds",
         f"{'':10}{'seconds':>10}{'x GEMMs':>10}{'peak MiB':>10}{'sent MiB':>10}{'formula':>10}",
     ]
-    for row in rows:
-        sent = "-" if row.sent_bytes is None else f"{row.sent_bytes / 2**20:.2f}"
-        lines.append(
-            f"{row.name:10}{row.seconds:10.3f}{row.ratio_to_gemms:10.2f}{row.peak_bytes / 2**20:10.1f}"
-            f"{sent:>10}{row.formula_bytes / 2**20:10.2f}"
+    for line in lines:
+        sent = "-" if line.sent_bytes is None else f"{line.sent_bytes / 2**20:.2f}"
+        text.append(
+            f"{line.name:10}{line.seconds:10.3f}{line.ratio_to_gemms:10.2f}{line.peak_bytes / 2**20:10.1f}"
+            f"{sent:>10}{line.formula_bytes / 2**20:10.2f}"
         )
-    return "\n".join(lines)
+    return "\n".join(text)

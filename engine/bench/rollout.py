@@ -46,7 +46,7 @@ class Size:
 
 
 @dataclass
-class Row:
+class Line:
     """A contender's figures: medians over the rounds."""
 
     name: str
@@ -59,20 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Size()
     for name, value in asdict(defaults).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the lines to this file")
 
 
 def run(options: argparse.Namespace) -> int:
     size = Size(**{name: getattr(options, name) for name in Size.__dataclass_fields__})
-    lengths, rows = bench(size)
-    print(format_table(size, lengths, rows))
+    lengths, contenders = bench(size)
+    print(format_table(size, lengths, contenders))
     if options.json:
-        record = {"size": asdict(size), "lengths": lengths, "rows": [asdict(row) for row in rows]}
+        record = {"size": asdict(size), "lengths": lengths, "rows": [asdict(line) for line in contenders]}
         options.json.write_text(json.dumps(record, indent=1))
     return 0
 
 
-def bench(size: Size) -> tuple[list[int], list[Row]]:
+def bench(size: Size) -> tuple[list[int], list[Line]]:
     """The lengths, and each contender's figures."""
     torch.manual_seed(0)
     device = get_accelerator().current_device_name()
@@ -91,11 +91,11 @@ def bench(size: Size) -> tuple[list[int], list[Row]]:
         for name, function in contenders.items():
             times[name].append(measure(function).seconds)
     base = times["generate, micro-batch"]
-    rows = []
+    lines = []
     for name, seconds in times.items():
         speed_up = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
-        rows.append(Row(name, statistics.median(seconds), sum(lengths) / statistics.median(seconds), speed_up))
-    return lengths, rows
+        lines.append(Line(name, statistics.median(seconds), sum(lengths) / statistics.median(seconds), speed_up))
+    return lengths, lines
 
 
 def build_model(size: Size) -> torch.nn.Module:
@@ -162,12 +162,12 @@ def decode(model: torch.nn.Module, prompts: torch.Tensor, lengths: list[int], ro
     return sum(len(c.token_ids) for row in Decoder(model, sampling, rows).decode(requests) for c in row)
 
 
-def format_table(size: Size, lengths: list[int], rows: list[Row]) -> str:
+def format_table(size: Size, lengths: list[int], contenders: list[Line]) -> str:
     mean = sum(lengths) / len(lengths)
     lines = [
         f"rollout, {size.prompts} prompts of {size.prompt_tokens} tokens, lengths: mean {mean:.0f}, max {max(lengths)} "
         f"({mean / max(lengths):.2f}), {size.rows} rows, medians of {size.rounds} rounds",
         f"{'':24}{'seconds':>10}{'tokens/s':>10}{'speed-up':>10}",
     ]
-    lines += [f"{row.name:24}{row.seconds:10.2f}{row.tokens_per_s:10.0f}{row.speed_up:10.2f}" for row in rows]
+    lines += [f"{c.name:24}{c.seconds:10.2f}{c.tokens_per_s:10.0f}{c.speed_up:10.2f}" for c in contenders]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ must call", and calls its collectives in the same order on each of them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,37 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     gathered = rows.new_empty(size * rows.shape[0], *rows.shape[1:])
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
     return gathered
+
+
+def start_gather_span(
+    rows: torch.Tensor, start: int, stop: int, group: dist.ProcessGroup
+) -> Callable[[], torch.Tensor]:
+    """Start to concatenate rows `start:stop` of every rank of the group, zeros where one has fewer; the function
+    returned waits for them. All ranks of the group must call."""
+    block = rows[start:stop]
+    size = dist.get_world_size(group)
+    if size == 1:
+        return lambda: block
+    if block.shape[0] < stop - start:
+        block = torch.cat([block, block.new_zeros(stop - start - block.shape[0], block.shape[1])])
+    sent = block.contiguous()
+    gathered = sent.new_empty(size * sent.shape[0], sent.shape[1])
+    work = dist.all_gather_into_tensor(gathered, sent, group=group, async_op=True)
+    return lambda: _wait(work, gathered, sent)
+
+
+def start_exchange(blocks: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], torch.Tensor]:
+    """Start to hand the n-th block of rows to the group's n-th rank; the function returned waits for what the ranks
+    sent here, in their order. All ranks of the group must call."""
+    received = torch.empty_like(blocks)
+    work = dist.all_to_all_single(received, blocks, group=group, async_op=True)
+    return lambda: _wait(work, received, blocks)
+
+
+def _wait(work: dist.Work, result: torch.Tensor, keep_alive: torch.Tensor) -> torch.Tensor:
+    """Wait for an asynchronous collective; `keep_alive` is the buffer that it reads."""
+    work.wait()
+    return result
 
 
 def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The head of a causal LM as row blocks: which vocabulary rows a rank computes, and how they get there.
 
 ZeRO-3 stores `lm_head.weight [V, H]` flat, cut in one piece per rank; a piece is a block of vocabulary rows
-with ragged ends. `RowLayout` turns pieces into whole rows: a row belongs to the piece that it starts in.
+with ragged ends. `VocabLayout` turns pieces into whole rows: a row belongs to the piece that it starts in.
 `StudentHead` collects a rank's rows at the start of an optimizer step and hands their gradient back at its
 end; `build_teacher_head` fetches the teacher's rows for the same ids once.
 
@@ -44,8 +44,8 @@ class HeadSpec:
 
 
 @dataclass(frozen=True)
-class RowLayout:
-    """Which rows of a flat-partitioned [num_rows, row_size] matrix each rank owns and computes.
+class VocabLayout:
+    """Which vocabulary rows of a flat-partitioned [num_rows, row_size] matrix each rank owns and computes.
 
     Raises:
         ValueError: where a piece is smaller than one row, or G does not divide the number of ranks.
@@ -123,7 +123,8 @@ class StudentHead:
     def __init__(self, head: HeadSpec, groups: VocabGroups, shared_vocab_size: int, device: torch.device) -> None:
         self.spec = head
         self.groups = groups
-        self.layout = RowLayout(head.num_rows, head.hidden_size, groups.world_size, groups.group_size)
+        self.shared_vocab_size = shared_vocab_size
+        self.layout = VocabLayout(head.num_rows, head.hidden_size, groups.world_size, groups.group_size)
         self.ids_S = self.layout.shard_ids(groups.rank)
         self.masked_columns = masked_columns(self.ids_S, shared_vocab_size, device)
         self.shard: HeadShard | None = None
@@ -204,14 +205,16 @@ def select_rows(full: torch.Tensor, ids_S: torch.Tensor) -> torch.Tensor:
     return torch.where(live.view(-1, *[1] * (full.dim() - 1)), rows, 0)
 
 
-def build_teacher_head(head: HeadSpec, ids_S: torch.Tensor, shared_vocab_size: int) -> HeadShard:
-    """The teacher's rows for the student shard's ids; they stay resident. All ranks must call.
+def build_teacher_head(head: HeadSpec, ids_S: torch.Tensor, shared_vocab_size: int, device: torch.device) -> HeadShard:
+    """The teacher's rows for the student shard's ids, on `device`, where they stay. All ranks must call.
 
-    Moves the teacher's head once, a piece at a time, where it is partitioned; nothing where it is replicated.
+    Moves the teacher's head once, a piece at a time, where it is partitioned; nothing where it is replicated. The rows
+    keep the teacher's dtype wherever its parameters lie, but for fp32 rows to compute with on CPU.
     """
-    weight_SH = partitions.fetch_rows(head.weight, ids_S)
+    weight_SH = partitions.fetch_rows(head.weight, ids_S).to(device)
     if weight_SH.device.type == "cpu":
         weight_SH = weight_SH.float()
-    bias_S = None if head.bias is None else select_rows(partitions.full_value(head.bias).float(), ids_S)
-    columns = masked_columns(ids_S, shared_vocab_size, weight_SH.device)
-    return HeadShard(weight_SH, bias_S, columns, head.scale, head.softcap)
+    bias_S = None
+    if head.bias is not None:
+        bias_S = select_rows(partitions.full_value(head.bias).float(), ids_S).to(device)
+    return HeadShard(weight_SH, bias_S, masked_columns(ids_S, shared_vocab_size, device), head.scale, head.softcap)

@@ -1,4 +1,4 @@
-"""The element-wise part of the stream, on a block of rows of one vocabulary shard, in fp32.
+"""The element-wise part of the stream, on a block of tokens of one vocabulary shard, in fp32.
 
 Plain functions of tensors, so that torch.compile can fuse each into one pass over the block. Logits are at the
 temperature already; masked ones are LOG_ZERO, not -inf. The maths is that of `engine.loss.divergence`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from engine.loss.divergence import DIVERGENCES, DivergenceSpec
+from engine.loss.values import TokenSums
 
 
 def shard_statistics(student_NS: torch.Tensor, teacher_NS: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -63,8 +64,7 @@ def shard_sums(
         norms_4N: student max, student log-sum, teacher max, teacher log-sum.
         target_N: column of the target token in this shard, -1 where another shard has it.
 
-    Rows: divergence, K, student entropy, teacher entropy, acceptance rate sum min(p, q), number of ids that are the top
-    of both models, and the target's shifted logit (z_target - max).
+    They are stacked in the order of `TokenSums`.
     """
     log_q = log_probabilities(student_NS, norms_4N[0], norms_4N[1])
     log_p = log_probabilities(teacher_NS, norms_4N[2], norms_4N[3])
@@ -72,14 +72,14 @@ def shard_sums(
     f, u = DIVERGENCES[spec.kind].terms(log_q, log_p, q, p, spec)
     target = log_q.gather(1, target_N.clamp_min(0)[:, None])[:, 0] + norms_4N[1]
     is_top = (student_NS == norms_4N[0][:, None]) & (teacher_NS == norms_4N[2][:, None])
-    sums = (
-        f.sum(-1),
-        u.sum(-1),
-        -log_q.mul_(q).sum(-1),
-        -log_p.mul_(p).sum(-1),
-        torch.minimum(p, q).sum(-1),
-        is_top.any(-1).to(q.dtype),
-        torch.where(target_N >= 0, target, 0.0),
+    sums = TokenSums(
+        divergence=f.sum(-1),
+        k=u.sum(-1),
+        student_entropy=-log_q.mul_(q).sum(-1),
+        teacher_entropy=-log_p.mul_(p).sum(-1),
+        acceptance=torch.minimum(p, q).sum(-1),
+        num_shared_top=is_top.any(-1).to(q.dtype),
+        target=torch.where(target_N >= 0, target, 0.0),
     )
     return torch.stack(sums), q, u
 

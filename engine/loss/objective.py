@@ -1,8 +1,9 @@
-"""The loss of a run: weights of the tokens, the teacher's resident rows, and the sums that become metrics."""
+"""The loss of a run and of one step: weights of the tokens, and the sums that become metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,10 @@ from engine.cluster.collectives import VocabGroups, gather_counts
 from engine.config import GKDConfig
 from engine.data.batch import PackedBatch
 from engine.loss.divergence import DivergenceSpec
-from engine.loss.head import HeadShard, HeadSpec, StudentHead, build_teacher_head
-from engine.loss.vocab_parallel import COLUMNS, Stream, vocab_parallel_divergence
+from engine.loss.head import StudentHead
+from engine.loss.signal import Signal
+from engine.loss.values import TokenValues
+from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 
 POSITION_BUCKETS = (0, 16, 64, 256)  # first response positions of the buckets that metrics are split by
 DEFAULT_CHUNK_BYTES = {"cpu": 32 * 2**20, "accelerator": 256 * 2**20}
@@ -43,51 +46,69 @@ def count_response_tokens(batches: list[PackedBatch], device: torch.device) -> T
 
 
 class Objective:
-    """Divergence between student and teacher on packed batches. All ranks must call its methods."""
+    """Divergence between student and teacher on packed batches, one optimizer step or pass of evaluation at a time."""
 
-    def __init__(
-        self,
-        config: GKDConfig,
-        student_head: StudentHead,
-        teacher_head: HeadSpec,
-        shared_vocab_size: int,
-        device: torch.device,
-    ):
-        self.config, self.groups, self.device = config, student_head.groups, device
-        self.teacher_shard: HeadShard = build_teacher_head(teacher_head, student_head.ids_S, shared_vocab_size)
-        self.stream = build_stream(config, self.groups, student_head.ids_S.to(device))
+    def __init__(self, config: GKDConfig, student_head: StudentHead, device: torch.device) -> None:
+        self.config, self.student_head, self.device = config, student_head, device
+        self.stream = build_stream(config, student_head.groups, student_head.ids_S.to(device))
 
-    def spec(self, with_references: bool) -> DivergenceSpec:
-        """The divergence; `sft_weight` counts only where the response is not the student's own."""
+    def begin(self, batches: list[PackedBatch], with_references: bool) -> LossStep:
+        """The loss of these micro-batches, whose response tokens are counted here. All ranks must call.
+
+        `sft_weight` counts only `with_references`: where the responses are not the student's own.
+        """
         c = self.config
         sft_weight = c.sft_weight if with_references else 0.0
-        return DivergenceSpec(c.divergence, c.beta, c.skew_alpha, c.temperature, c.token_clip, sft_weight)
+        spec = DivergenceSpec(c.divergence, c.beta, c.skew_alpha, c.temperature, c.token_clip, sft_weight)
+        return LossStep(self, spec, batches, count_response_tokens(batches, self.device))
 
-    def __call__(
-        self, student_NH: torch.Tensor, teacher_NH: torch.Tensor, student_shard: HeadShard, batch: PackedBatch,
-        counts: TokenCounts, micro: int, spec: DivergenceSpec,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """This rank's part of the step's loss, and the per-token values [N, 6] of `COLUMNS`."""
-        longest = int(counts.per_batch[list(self.groups.group_ranks), micro].max())
-        weight_N = self.token_weights(batch, counts)
-        return vocab_parallel_divergence(
-            student_NH,
-            teacher_NH,
-            student_shard,
-            self.teacher_shard,
-            batch.target_ids_N,
-            weight_N,
-            longest,
-            spec,
-            self.stream,
+
+class Totals(NamedTuple):
+    """A step over all ranks: means over its tokens by name, its loss, its response tokens."""
+
+    means: dict[str, float]
+    loss: float
+    num_tokens: float
+
+
+class LossStep:
+    """The loss of one step, micro-batch by micro-batch, between the student head's `open_step` and `close_step`.
+
+    Attributes:
+        values: the values of the tokens of each micro-batch so far.
+    """
+
+    def __init__(
+        self, objective: Objective, spec: DivergenceSpec, batches: list[PackedBatch], counts: TokenCounts
+    ) -> None:
+        self.objective, self.spec, self.batches, self.counts = objective, spec, batches, counts
+        self.values: list[TokenValues] = []
+        self._sums = ValueSums(objective.device)
+
+    def __call__(self, student_NH: torch.Tensor, signal: Signal, micro: int) -> torch.Tensor:
+        """This rank's part of the step's loss, from micro-batch `micro`. All ranks of the token group must call."""
+        batch, head, stream = self.batches[micro], self.objective.student_head, self.objective.stream
+        assert head.shard is not None  # `open_step` has collected it
+        longest = int(self.counts.per_batch[list(head.groups.group_ranks), micro].max())
+        weight_N = self.token_weights(batch)
+        loss, values = vocab_parallel_divergence(
+            student_NH, signal, head.shard, batch.target_ids_N, weight_N, longest, self.spec, stream
         )
+        self._sums.add(batch, values, loss)
+        self.values.append(values)
+        return loss
 
-    def token_weights(self, batch: PackedBatch, counts: TokenCounts) -> torch.Tensor:
+    def token_weights(self, batch: PackedBatch) -> torch.Tensor:
         """Weight of each token's loss, fp32 [N]; over all ranks and micro-batches they sum to 1."""
-        if self.config.loss_normalization == "token":
-            return torch.full((batch.num_response_tokens,), 1 / max(1, counts.total), device=self.device)
+        if self.objective.config.loss_normalization == "token":
+            num_tokens, device = batch.num_response_tokens, self.objective.device
+            return torch.full((num_tokens,), 1 / max(1, self.counts.total), device=device)
         lengths_B = torch.bincount(batch.sequence_N, minlength=batch.num_sequences)
-        return 1 / (lengths_B[batch.sequence_N].float() * max(1, counts.num_sequences))
+        return 1 / (lengths_B[batch.sequence_N].float() * max(1, self.counts.num_sequences))
+
+    def reduce(self) -> Totals:
+        """Over all ranks and the micro-batches so far. All ranks must call."""
+        return self._sums.reduce()
 
 
 def build_stream(config: GKDConfig, groups: VocabGroups, ids_S: torch.Tensor) -> Stream:
@@ -101,30 +122,32 @@ class ValueSums:
     """Running sums of per-token values on the device; one reduction turns them into means over all tokens."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(COLUMNS) + 1, dtype=torch.float64, device=device)
-        self._buckets = torch.zeros(2, len(POSITION_BUCKETS), dtype=torch.float64, device=device)
-        self._loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(TokenValues._fields), dtype=torch.float64, device=device)
+        self._count, self._loss = (torch.zeros(1, dtype=torch.float64, device=device) for _ in range(2))
+        self._in_bucket, self._bucket_counts = (
+            torch.zeros(len(POSITION_BUCKETS), dtype=torch.float64, device=device) for _ in range(2)
+        )
 
-    def add(self, batch: PackedBatch, values_N6: torch.Tensor, loss: torch.Tensor | None = None) -> None:
-        values = values_N6.double()
-        self._sums[:-1] += values.sum(0)
-        self._sums[-1] += values.shape[0]
-        edges = torch.tensor(POSITION_BUCKETS[1:], device=values.device)
+    def add(self, batch: PackedBatch, values: TokenValues, loss: torch.Tensor) -> None:
+        divergence = values.divergence.double()
+        self._sums += torch.stack(values).double().sum(1)
+        self._count += divergence.numel()
+        self._loss += loss.detach()
+        edges = torch.tensor(POSITION_BUCKETS[1:], device=divergence.device)
         bucket_N = torch.bucketize(batch.offset_N, edges, right=True)
-        self._buckets[0].index_add_(0, bucket_N, values[:, 0])
-        self._buckets[1].index_add_(0, bucket_N, torch.ones_like(values[:, 0]))
-        if loss is not None:
-            self._loss += loss.detach()
+        self._in_bucket.index_add_(0, bucket_N, divergence)
+        self._bucket_counts.index_add_(0, bucket_N, torch.ones_like(divergence))
 
-    def reduce(self) -> tuple[dict[str, float], float, float]:
-        """Means by name, the loss, and the number of tokens, over all ranks. All ranks must call."""
-        packed = torch.cat([self._sums, self._buckets.flatten(), self._loss])
+    def reduce(self) -> Totals:
+        """Over all ranks. All ranks must call."""
+        parts = (self._sums, self._in_bucket, self._bucket_counts, self._count, self._loss)
+        packed = torch.cat(parts)
         dist.all_reduce(packed)
-        *sums, count = packed[: len(COLUMNS) + 1].tolist()
-        rest = packed[len(COLUMNS) + 1 :].tolist()
-        means = {name: total / max(1.0, count) for name, total in zip(COLUMNS, sums, strict=True)}
-        for index, first in enumerate(POSITION_BUCKETS):
-            in_bucket = rest[len(POSITION_BUCKETS) + index]
-            if in_bucket:
-                means[f"divergence_from_{first}"] = rest[index] / in_bucket
-        return means, rest[-1], count
+        sums, in_bucket, bucket_counts, (count,), (loss,) = (
+            part.tolist() for part in packed.split([part.numel() for part in parts])
+        )
+        means = {name: total / max(1.0, count) for name, total in zip(TokenValues._fields, sums, strict=True)}
+        for first, total, num_tokens in zip(POSITION_BUCKETS, in_bucket, bucket_counts, strict=True):
+            if num_tokens:
+                means[f"divergence_from_{first}"] = total / num_tokens
+        return Totals(means, loss, count)

@@ -6,11 +6,11 @@ token's softmax statistics and sums, and the gradient follows at once, in the fo
 shard's fp32 accumulator, the hidden states' back to the ranks that own the tokens. Backward only scales.
 
 Collectives (token group, in this order on every rank): one gather of weights and targets per call; per chunk the
-gather of hidden states (issued one chunk ahead), statistics, sums, and the return of the hidden gradients
-(collected one chunk later).
+gather of hidden states and what the teacher's signal needs (both issued one chunk ahead), statistics, sums, and the
+return of the hidden gradients (collected one chunk later).
 
 Shapes: N tokens of this rank, C tokens of a chunk on one rank, M = G * C tokens of a chunk, S rows of the
-shard, H hidden (student's or teacher's).
+shard, H the student's hidden.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from engine.cluster.collectives import VocabGroups, all_gather_rows
+from engine.cluster.collectives import VocabGroups, all_gather_rows, start_exchange, start_gather_span
 from engine.loss import kernels
 from engine.loss.divergence import DivergenceSpec
 from engine.loss.head import HeadShard
 from engine.loss.projection import accumulate_outer, matmul_fp32, project, softcap_slope
+from engine.loss.signal import Signal
+from engine.loss.values import TokenSums, TokenValues
 
-ELEMENTWISE_ROWS_BYTES = 2**17  # eager: rows worked on at once, so that the temporaries stay in a core's cache
+ELEMENTWISE_BLOCK_BYTES = 2**17  # eager: tokens worked on at once, so that the temporaries stay in a core's cache
 ELEMENTWISE_BUFFERS = 8  # temporaries of that size that are alive together
-COLUMNS = ("divergence", "student_entropy", "teacher_entropy", "acceptance", "top1_agreement", "nll")
 
 
 @dataclass(frozen=True)
@@ -62,26 +64,25 @@ class Stream:
         known = ids < self.column_of_id.numel()
         return torch.where(known, self.column_of_id[ids.clamp(max=self.column_of_id.numel() - 1)], -1)
 
-    def chunk_tokens(self, student_hidden: int, teacher_hidden: int, has_softcap: bool) -> int:
-        """Tokens per rank and chunk: two fp32 [S] buffers each (three under a soft cap), the hidden states in flight;
-        the element-wise temporaries come first."""
+    def chunk_tokens(self, student_hidden: int, signal: Signal, has_softcap: bool) -> int:
+        """Tokens per rank and chunk: two fp32 [S] buffers each (three under a soft cap), the hidden states and the
+        signal in flight; the element-wise temporaries come first."""
         width = self.ids_S.numel()
-        per_token = (12 if has_softcap else 8) * width + 4 * (4 * student_hidden + 2 * teacher_hidden)
-        room = self.chunk_bytes - ELEMENTWISE_BUFFERS * max(ELEMENTWISE_ROWS_BYTES, 4 * width)
+        per_token = (12 if has_softcap else 8) * width + 4 * (4 * student_hidden + signal.floats_in_flight)
+        room = self.chunk_bytes - ELEMENTWISE_BUFFERS * max(ELEMENTWISE_BLOCK_BYTES, 4 * width)
         return max(1, room // (per_token * self.groups.group_size))
 
 
 def vocab_parallel_divergence(
     student_hidden_NH: torch.Tensor,
-    teacher_hidden_NH: torch.Tensor,
+    signal: Signal,
     student: HeadShard,
-    teacher: HeadShard,
     target_ids_N: torch.Tensor,
     weight_N: torch.Tensor,
     num_tokens_max: int,
     spec: DivergenceSpec,
     stream: Stream,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, TokenValues]:
     """Weighted sum of this rank's per-token losses. All ranks of the token group must call.
 
     Differentiable in `student_hidden_NH`; the head's gradient goes into `student.grad_SH` during this call,
@@ -89,97 +90,88 @@ def vocab_parallel_divergence(
     over ranks needs, which concerns the hidden states alone).
 
     Args:
-        student_hidden_NH, teacher_hidden_NH: hidden states that predict the response tokens; N may be 0.
+        student_hidden_NH: hidden states that predict the response tokens; N may be 0.
+        signal: what the teacher says about the same tokens.
         target_ids_N: the response tokens, for the likelihood; int64.
         weight_N: fp32 weight of each token's loss, e.g. 1 / (response tokens of the whole step).
         num_tokens_max: largest N among the ranks of the token group.
 
     Returns:
-        The loss, a scalar, and the detached per-token values `COLUMNS`, fp32 [N, 6], unclipped, in nats.
+        The loss, a scalar, and the detached values of each token.
     """
     want_grad = torch.is_grad_enabled() and student_hidden_NH.requires_grad
-    return _StreamedDivergence.apply(
-        student_hidden_NH,
-        teacher_hidden_NH,
-        student,
-        teacher,
-        target_ids_N,
-        weight_N,
-        num_tokens_max,
-        spec,
-        stream,
-        want_grad,
-    )
+    sweep = _Sweep(student, signal, spec, stream, want_grad)
+    loss, values_6N = _StreamedDivergence.apply(student_hidden_NH, sweep, target_ids_N, weight_N, num_tokens_max)
+    return loss, TokenValues(*values_6N)
 
 
 class _StreamedDivergence(torch.autograd.Function):
+    """Differentiable in the hidden states alone; autograd wants the values in one tensor."""
+
     @staticmethod
     def forward(
-        ctx,
-        student_hidden_NH,
-        teacher_hidden_NH,
-        student,
-        teacher,
-        target_ids_N,
-        weight_N,
-        num_tokens_max,
-        spec,
-        stream,
-        want_grad,
-    ):
-        sweep = _Sweep(student, teacher, spec, stream, want_grad)
-        hidden_grad_NH, values_N6 = sweep.run(
-            student_hidden_NH, teacher_hidden_NH, target_ids_N, weight_N, num_tokens_max
-        )
-        divergence_N = values_N6[:, 0] if spec.token_clip is None else values_N6[:, 0].clamp(max=spec.token_clip)
-        loss = (weight_N * (divergence_N + spec.sft_weight * values_N6[:, 5])).sum()
+        ctx: Any,
+        student_hidden_NH: torch.Tensor,
+        sweep: _Sweep,
+        target_ids_N: torch.Tensor,
+        weight_N: torch.Tensor,
+        num_tokens_max: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_grad_NH, values_6N = sweep.run(student_hidden_NH, target_ids_N, weight_N, num_tokens_max)
+        values, spec = TokenValues(*values_6N), sweep.spec
+        divergence_N = values.divergence if spec.token_clip is None else values.divergence.clamp(max=spec.token_clip)
+        loss = (weight_N * (divergence_N + spec.sft_weight * values.nll)).sum()
         ctx.save_for_backward(hidden_grad_NH)
-        ctx.mark_non_differentiable(values_N6)
-        return loss, values_N6
+        ctx.mark_non_differentiable(values_6N)
+        return loss, values_6N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (hidden_grad_NH,) = ctx.saved_tensors
-        return ((hidden_grad_NH.float() * grad_loss).to(hidden_grad_NH.dtype), *[None] * 9)
+        return ((hidden_grad_NH.float() * grad_loss).to(hidden_grad_NH.dtype), *[None] * 4)
 
 
 class _Sweep:
     """One pass over the tokens of a token group."""
 
-    def __init__(self, student: HeadShard, teacher: HeadShard, spec: DivergenceSpec, stream: Stream, want_grad: bool):
-        self.student, self.teacher, self.spec, self.stream, self.want_grad = student, teacher, spec, stream, want_grad
+    def __init__(self, student: HeadShard, signal: Signal, spec: DivergenceSpec, stream: Stream, want_grad: bool):
+        self.student, self.signal, self.spec, self.stream, self.want_grad = student, signal, spec, stream, want_grad
         self.group, self.group_size = stream.groups.tokens, stream.groups.group_size
 
-    def run(self, student_hidden, teacher_hidden, target_ids_N, weight_N, num_tokens_max):
-        num_tokens = student_hidden.shape[0]
-        chunk = self.stream.chunk_tokens(
-            student_hidden.shape[1], teacher_hidden.shape[1], self.student.softcap is not None
-        )
+    def run(
+        self, student_hidden_NH: torch.Tensor, target_ids_N: torch.Tensor, weight_N: torch.Tensor, num_tokens_max: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states' gradient (zeros where none is wanted), and `TokenValues` stacked, fp32 [6, N]."""
+        num_tokens, width = student_hidden_NH.shape
+        chunk = self.stream.chunk_tokens(width, self.signal, self.student.softcap is not None)
         spans = [(start, min(start + chunk, num_tokens_max)) for start in range(0, num_tokens_max, chunk)]
         weights, targets = self._gather_scalars(weight_N, target_ids_N, num_tokens_max)
-        hidden_grad = torch.zeros_like(student_hidden)
-        values_N6 = student_hidden.new_zeros(num_tokens, len(COLUMNS), dtype=torch.float32)
-        inputs = (student_hidden, teacher_hidden)
-        coming = self._fetch(inputs, spans[0]) if spans else []
+        hidden_grad_NH = torch.zeros_like(student_hidden_NH)
+        values_6N = student_hidden_NH.new_zeros(len(TokenValues._fields), num_tokens, dtype=torch.float32)
+        coming = self._fetch(student_hidden_NH, *spans[0]) if spans else None
         returning: Callable[[], None] | None = None
         for index, (start, stop) in enumerate(spans):
-            student_MH, teacher_MH = (take() for take in coming)
-            coming = self._fetch(inputs, spans[index + 1]) if index + 1 < len(spans) else []
-            values_M6, partial_grad_MH = self._chunk(
-                student_MH, teacher_MH, weights[:, start:stop].flatten(), targets[:, start:stop].flatten()
+            assert coming is not None
+            student_MH, take_logits = coming[0](), coming[1]
+            coming = self._fetch(student_hidden_NH, *spans[index + 1]) if index + 1 < len(spans) else None
+            values_M, partial_grad_MH = self._chunk(
+                student_MH, take_logits, weights[:, start:stop].flatten(), targets[:, start:stop].flatten()
             )
             own = slice(start, min(stop, num_tokens))
             place = self.stream.groups.rank % self.group_size
-            values_N6[own] = values_M6.view(self.group_size, stop - start, -1)[place, : max(0, num_tokens - start)]
+            own_part = torch.stack(values_M).view(-1, self.group_size, stop - start)[:, place]
+            values_6N[:, own] = own_part[:, : max(0, num_tokens - start)]
             if returning is not None:
                 returning()
-            returning = self._return(partial_grad_MH, hidden_grad, own) if self.want_grad else None
+            returning = None if partial_grad_MH is None else self._return(partial_grad_MH, hidden_grad_NH, own)
         if returning is not None:
             returning()
-        return hidden_grad, values_N6
+        return hidden_grad_NH, values_6N
 
-    def _gather_scalars(self, weight_N, target_ids_N, num_tokens_max):
+    def _gather_scalars(
+        self, weight_N: torch.Tensor, target_ids_N: torch.Tensor, num_tokens_max: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Every rank's weights and targets, [G, num_tokens_max] each; weight 0 marks padding.
 
         They travel together as fp64, which holds any id exactly.
@@ -190,49 +182,45 @@ class _Sweep:
         gathered = all_gather_rows(local, self.group)
         return gathered[:, 0].float(), gathered[:, 1].long()
 
-    def _fetch(self, inputs, span) -> list[Callable[[], torch.Tensor]]:
-        """Start gathering a chunk's hidden states; each returned function waits for one of them."""
-        start, stop = span
-        takes: list[Callable[[], torch.Tensor]] = []
-        for hidden in inputs:
-            block = hidden[start:stop]
-            if self.group_size == 1:
-                takes.append(functools.partial(_identity, block))
-                continue
-            if block.shape[0] < stop - start:  # a rank with fewer tokens than the others
-                block = torch.cat([block, block.new_zeros(stop - start - block.shape[0], block.shape[1])])
-            gathered = block.new_empty(self.group_size * block.shape[0], block.shape[1])
-            work = dist.all_gather_into_tensor(gathered, block.contiguous(), group=self.group, async_op=True)
-            takes.append(functools.partial(_wait, work, gathered, block))
-        return takes
+    def _fetch(
+        self, student_hidden_NH: torch.Tensor, start: int, stop: int
+    ) -> tuple[Callable[[], torch.Tensor], Callable[[float], torch.Tensor]]:
+        """Start gathering a chunk; the functions wait for the student's hidden states and for the teacher's logits."""
+        student = start_gather_span(student_hidden_NH, start, stop, self.group)
+        return student, self.signal.start(start, stop, self.stream.groups)
 
-    def _return(self, partial_grad_MH, hidden_grad, own) -> Callable[[], None]:
+    def _return(self, partial_grad_MH: torch.Tensor, hidden_grad_NH: torch.Tensor, own: slice) -> Callable[[], None]:
         """Start handing each rank the gradients of its tokens; the returned function waits and adds them up."""
+        sent = partial_grad_MH.to(hidden_grad_NH.dtype)
         if self.group_size == 1:
-            hidden_grad[own] = partial_grad_MH.to(hidden_grad.dtype)
+            hidden_grad_NH[own] = sent
             return lambda: None
-        sent = partial_grad_MH.to(hidden_grad.dtype)
-        received = torch.empty_like(sent)
-        work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        take = start_exchange(sent, self.group)
 
         def finish() -> None:
-            _wait(work, received, sent)
+            received = take()
             total = received.view(self.group_size, -1, received.shape[1]).float().sum(0)
-            hidden_grad[own] = total[: max(0, own.stop - own.start)].to(hidden_grad.dtype)
+            hidden_grad_NH[own] = total[: max(0, own.stop - own.start)].to(hidden_grad_NH.dtype)
 
         return finish
 
-    def _chunk(self, student_MH, teacher_MH, weight_M, target_ids_M):
-        """Values [M, 6] and the shard's part of the hidden gradient, fp32 [M, H], of one chunk.
+    def _chunk(
+        self,
+        student_MH: torch.Tensor,
+        take_teacher_logits: Callable[[float], torch.Tensor],
+        weight_M: torch.Tensor,
+        target_ids_M: torch.Tensor,
+    ) -> tuple[TokenValues, torch.Tensor | None]:
+        """Values and the shard's part of the hidden gradient, fp32 [M, H], of one chunk.
 
         Two [M, S] buffers serve throughout: the logits, then q and u in their place, then the gradient in q's.
         """
         spec, fused = self.spec, _kernels(self.stream.compiled)
         student_MS = project(student_MH, self.student, spec.temperature)
-        teacher_MS = project(teacher_MH, self.teacher, spec.temperature)
+        teacher_MS = take_teacher_logits(spec.temperature)
         slope_MS = softcap_slope(student_MS, self.student, spec.temperature) if self.want_grad else None
         target_M = self.stream.local_columns(target_ids_M)
-        blocks = self._row_blocks(student_MS)
+        blocks = self._token_blocks(student_MS)
 
         local_5M = torch.cat([fused.statistics(student_MS[b], teacher_MS[b], spec.temperature) for b in blocks], dim=1)
         shards = all_gather_rows(local_5M[None], self.group)
@@ -243,38 +231,31 @@ class _Sweep:
             part, q, u = fused.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], spec)
             parts.append(part)
             student_MS[b], teacher_MS[b] = q, u
-        sums_7M = self._sum_over_shards(torch.cat(parts, dim=1))
-        values_M6 = self._values(sums_7M, log_sum_raw_M)
+        sums = TokenSums(*self._sum_over_shards(torch.cat(parts, dim=1)))
+        values = TokenValues.from_sums(sums, log_sum_raw_M, spec.temperature)
         if not self.want_grad:
-            return values_M6, None
+            return values, None
 
         divergence_weight_M = weight_M
         if spec.token_clip is not None:
-            divergence_weight_M = torch.where(sums_7M[0] <= spec.token_clip, weight_M, 0.0)
+            divergence_weight_M = torch.where(sums.divergence <= spec.token_clip, weight_M, 0.0)
         raw_scale_M = (spec.temperature * norms_4M[1] - log_sum_raw_M).exp()
         for b in blocks:
             student_MS[b] = fused.gradient(
-                student_MS[b], teacher_MS[b], sums_7M[1, b], divergence_weight_M[b], weight_M[b] * spec.sft_weight,
+                student_MS[b], teacher_MS[b], sums.k[b], divergence_weight_M[b], weight_M[b] * spec.sft_weight,
                 raw_scale_M[b], target_M[b], spec,
             )  # fmt: skip
         if slope_MS is not None:
             student_MS *= slope_MS
         if self.student.scale != 1.0:
             student_MS *= self.student.scale
-        return values_M6, self._head_backward(student_MS, student_MH)
+        return values, self._head_backward(student_MS, student_MH)
 
-    def _sum_over_shards(self, sums_7M: torch.Tensor) -> torch.Tensor:
+    def _sum_over_shards(self, stacked_7M: torch.Tensor) -> torch.Tensor:
         """The second reduction. Without it every value but the loss looks right and the gradient is wrong."""
         if self.group_size > 1:
-            dist.all_reduce(sums_7M, group=self.group)
-        return sums_7M
-
-    def _values(self, sums_7M, log_sum_raw_M) -> torch.Tensor:
-        divergence, _, student_entropy, teacher_entropy, acceptance, num_top, target = sums_7M
-        nll = log_sum_raw_M - target * self.spec.temperature
-        return torch.stack(
-            [divergence, student_entropy, teacher_entropy, acceptance, num_top.clamp_max(1.0), nll], dim=1
-        )
+            dist.all_reduce(stacked_7M, group=self.group)
+        return stacked_7M
 
     def _head_backward(self, logit_grad_MS: torch.Tensor, student_MH: torch.Tensor) -> torch.Tensor:
         """Accumulate the head's gradient in fp32; return the shard's part of the hidden gradient."""
@@ -287,20 +268,10 @@ class _Sweep:
             self.student.grad_bias_S += logit_grad_MS.sum(0)
         return matmul_fp32(low_precision, weight_SH)
 
-    def _row_blocks(self, logits_MS: torch.Tensor) -> list[slice]:
-        num_rows, width = logits_MS.shape
-        step = num_rows if self.stream.compiled else max(1, ELEMENTWISE_ROWS_BYTES // (4 * width))
-        return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-
-
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _wait(work: dist.Work, result: torch.Tensor, keep_alive: torch.Tensor) -> torch.Tensor:
-    """Wait for an asynchronous collective; `keep_alive` is the buffer that it reads."""
-    work.wait()
-    return result
+    def _token_blocks(self, logits_MS: torch.Tensor) -> list[slice]:
+        num_tokens, width = logits_MS.shape
+        step = num_tokens if self.stream.compiled else max(1, ELEMENTWISE_BLOCK_BYTES // (4 * width))
+        return [slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
 
 
 @dataclass(frozen=True)

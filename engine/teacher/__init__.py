@@ -1,58 +1,10 @@
-"""The frozen teacher: hidden states of response positions out, never logits.
+"""The frozen teacher, which says of each micro-batch what the loss needs to know: a signal, never logits.
 
-A placement says where its parameters live; all give the same hidden states. A further one, such as several teachers
-chosen by a column of the data or a teacher behind a server, is a subclass of `Teacher` and a line in `build_teacher`:
-the trainer sees only `hidden`, `head` and `gathered`.
+`interface` is what the trainer sees of any teacher, and what those that run here have in common; `placements` builds
+the configured one; `offload` and `tensor_parallel` are placements of their own. All placements give the same signal.
+Imports `models`, `loss` and `zero`. How a signal becomes a loss does not belong here.
+
+A further teacher, such as one behind a server or several that a column of the data chooses from, is a subclass of
+`Teacher` and a line in `placements`; where it says another thing than hidden states, or has another head per sample,
+a class with the methods of `engine.loss.signal.Signal` beside it.
 """
-
-from __future__ import annotations
-
-from typing import Any
-
-import deepspeed
-import torch
-from torch import nn
-
-from engine.config import GKDConfig
-from engine.models.backbone import HiddenStates, check_packing, compute_dtype, load_causal_lm
-from engine.teacher.interface import Teacher
-from engine.teacher.offload import AlternatingTeacher
-from engine.teacher.tensor_parallel import TensorParallelTeacher, build_group
-from engine.zero import partitions
-from engine.zero.settings import fill_bucket_sizes, teacher_settings
-
-__all__ = ["AlternatingTeacher", "Teacher", "build_teacher"]
-
-
-def build_teacher(config: GKDConfig, model: nn.Module | None, device: torch.device) -> Teacher:
-    """The teacher in its configured placement, from a model object or `teacher_model_name_or_path`.
-
-    All ranks must call.
-
-    Raises:
-        ValueError: for weights that are incomplete, and a class that cannot be used.
-    """
-    settings = teacher_settings(config) if config.teacher_placement == "zero3" else None
-    if model is None:
-        assert config.teacher_model_name_or_path is not None  # `assemble` has read its configuration
-        model = load_causal_lm(config.teacher_model_name_or_path, config, settings)
-    model.eval().requires_grad_(False)
-    model.to(compute_dtype(config))
-    teacher = _place(config, model, device, settings)
-    check_packing(model, lambda batch: next(teacher.score([batch])), device)
-    return teacher
-
-
-def _place(config: GKDConfig, model: nn.Module, device: torch.device, settings: dict[str, Any] | None) -> Teacher:
-    if config.teacher_placement == "tensor_parallel":
-        return TensorParallelTeacher(model, build_group(config.teacher_tp_size))
-    if config.teacher_offload == "between_steps":
-        return AlternatingTeacher(model, device)
-    if config.teacher_placement == "replicated":
-        return Teacher(model.to(device), HiddenStates(model))
-    assert settings is not None  # `zero3`
-    partitions.moe_leaf_modules(model)
-    fill_bucket_sizes(settings, model.config.get_text_config().hidden_size)
-    runner, *_ = deepspeed.initialize(model=HiddenStates(model), config=settings)
-    runner.eval()
-    return Teacher(model, runner)

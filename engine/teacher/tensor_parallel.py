@@ -16,10 +16,10 @@ from engine.cluster.collectives import all_gather_rows, check_divides
 from engine.data.batch import PackedBatch
 from engine.models.backbone import packed_inputs
 from engine.models.structure import position_rows, text_backbone
-from engine.teacher.interface import Teacher
+from engine.teacher.interface import LocalTeacher
 
 
-class TensorParallelTeacher(Teacher):
+class TensorParallelTeacher(LocalTeacher):
     """`hidden` must be called by all ranks of the group together."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:

@@ -9,27 +9,31 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from engine.checkpoint.checkpoint import TrainState
 from engine.cluster.collectives import gather_counts
 from engine.config import GKDConfig
 from engine.data.batch import PackedBatch, Sample
 from engine.errors import BadStepsError
+from engine.loss.values import TokenValues
 
 logger = logging.getLogger(__name__)
 
 
 def sample_rows(
-    tokenizer: Any, samples: list[list[Sample]], batches: list[PackedBatch], values: list[torch.Tensor]
+    tokenizer: PreTrainedTokenizerBase,
+    samples: list[list[Sample]],
+    batches: list[PackedBatch],
+    values: list[TokenValues],
 ) -> list[tuple[Sample, str, str, float | None]]:
     """Sample, prompt, response and mean divergence (None without a response) of this rank's samples."""
     rows = []
-    for batch, packed, values_N6 in zip(samples, batches, values, strict=True):
-        for row, sample in enumerate(batch):
-            own = values_N6[packed.sequence_N == row, 0]
+    for batch, packed, token_values in zip(samples, batches, values, strict=True):
+        for place, sample in enumerate(batch):
+            own = token_values.divergence[packed.sequence_N == place]
             response = tokenizer.decode(sample.input_ids[len(sample.prompt_ids) :])
             mean = own.mean().item() if own.numel() else None
             rows.append((sample, tokenizer.decode(sample.prompt_ids), response, mean))
@@ -39,7 +43,7 @@ def sample_rows(
 class BadSteps:
     """Counts in the run's state, and writes `bad_steps/step_<N>_rank_<R>.jsonl` into the run folder."""
 
-    def __init__(self, config: GKDConfig, tokenizer: Any, rank: int, device: torch.device) -> None:
+    def __init__(self, config: GKDConfig, tokenizer: PreTrainedTokenizerBase, rank: int, device: torch.device) -> None:
         self.limit, self.folder = config.max_bad_steps, Path(config.output_dir) / "bad_steps"
         self.tokenizer, self.rank, self.device = tokenizer, rank, device
 
@@ -49,7 +53,7 @@ class BadSteps:
         was_applied: bool,
         samples: list[list[Sample]],
         batches: list[PackedBatch],
-        values: list[torch.Tensor],
+        values: list[TokenValues],
     ) -> None:
         """Take note of a step. `was_applied` is the same on all ranks, and all ranks must call.
 
@@ -61,7 +65,7 @@ class BadSteps:
             return
         state.bad_steps += 1
         state.bad_steps_in_a_row += 1
-        is_finite = all(bool(torch.isfinite(values_N6).all()) for values_N6 in values)
+        is_finite = all(token_values.is_finite for token_values in values)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"step_{state.step}_rank_{self.rank}.jsonl", "w", encoding="utf-8") as file:
             for sample, prompt, response, mean in sample_rows(self.tokenizer, samples, batches, values):

@@ -13,7 +13,7 @@ from engine import GKDConfig
 from engine.bench.measure import _reset_peak, _status_bytes
 from engine.data.batch import pack
 from engine.models.backbone import load_causal_lm
-from engine.teacher import build_teacher
+from engine.teacher.placements import build_teacher
 from engine.zero import partitions
 from engine.zero.settings import teacher_settings
 from tests.library.models import build, tiny_llama

@@ -55,7 +55,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def check_gradients(case: Case, specs: list[DivergenceSpec]) -> list[tuple]:
     """Relative errors of loss, every parameter's gradient (worst), head gradient and norm, for each spec."""
     parts = build_case(case)
-    student, reference = parts[0], parts[4]
+    student, reference = parts[0], parts[3]
     named = dict(reference[0].named_parameters())
     head = reference[0].get_output_embeddings().weight
     norms_head = next(name for name, param in named.items() if param is head)
@@ -135,7 +135,7 @@ def test_heads_with_bias_scale_or_soft_cap(ranks, family):
 def check_weights_after_steps(case: Case, num_steps: int) -> float:
     """Relative difference to dense AdamW in float64 after some steps, over all parameters."""
     parts = build_case(case, learning_rate=1e-2)
-    student, reference = parts[0], parts[4]
+    student, reference = parts[0], parts[3]
     spec = DivergenceSpec("jsd", beta=0.3)
     model = reference[0]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -172,7 +172,7 @@ def check_against_deepspeed(temperature: float) -> list[tuple[float, float]]:
 
     case = Case(dist.get_world_size())
     parts = build_case(case)
-    student, teacher, teacher_shard, stream, _ = parts
+    student, teacher, stream, _ = parts
     batch = pack(
         ragged_samples(0, 0, case.vocab_size), "cpu"
     )  # every rank has the same tokens, as DeepSpeed's op expects
@@ -181,20 +181,20 @@ def check_against_deepspeed(temperature: float) -> list[tuple[float, float]]:
     for reverse, kind in ((False, "forward_kl"), (True, "reverse_kl")):
         shard = student.open_step(train=True)
         hidden = student.hidden(batch).detach().requires_grad_()
-        teacher_hidden = teacher.hidden(batch)
+        (signal,) = teacher.signals([batch])
         spec = DivergenceSpec(kind, temperature=temperature)
         loss, values = vocab_parallel_divergence(
-            hidden, teacher_hidden, shard, teacher_shard, batch.target_ids_N, weights, len(weights), spec, stream
+            hidden, signal, shard, batch.target_ids_N, weights, len(weights), spec, stream
         )
         (ours,) = torch.autograd.grad(loss, hidden)
         z = project(hidden, shard) / temperature
-        t = project(teacher_hidden, teacher_shard) / temperature
+        t = project(signal.hidden_NH, signal.head) / temperature
         z = z.detach().requires_grad_()
         kl = vocab_parallel_kl_div(z, t, reverse=reverse, tp_group=stream.groups.tokens)
         (logit_grad,) = torch.autograd.grad(kl.sum(), z)
         theirs = (logit_grad / temperature) @ shard.weight_SH
         dist.all_reduce(theirs)
-        rows.append((relative(values[:, 0], kl.double().detach()), relative(ours, theirs.double())))
+        rows.append((relative(values.divergence, kl.double().detach()), relative(ours, theirs.double())))
         student.head.shard = None
     student.engine.destroy()
     return rows

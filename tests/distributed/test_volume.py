@@ -21,7 +21,7 @@ from engine.bench.loss import Size, bench
 from engine.bench.measure import loopback_bytes
 from engine.data.batch import Sample, pack
 from engine.plan import volume
-from engine.teacher import build_teacher
+from engine.teacher.placements import build_teacher
 from tests.library.models import tiny_llama
 from tests.library.steps import Case, build_case
 
@@ -116,9 +116,9 @@ def test_memory_is_the_gradient_shard_and_the_chunk_and_does_not_grow_with_token
     peaks = {}
     for tokens in (256, 2048):
         size = Size(16384, 256, 256, tokens=tokens, ranks=1, rounds=1, chunk_bytes=16 * 2**20, naive=False)
-        row = next(row for row in bench(size) if row.name == "stream")
+        line = next(line for line in bench(size) if line.name == "stream")
         returned = tokens * size.student_hidden * 4
-        peaks[tokens] = row.peak_bytes - returned
+        peaks[tokens] = line.peak_bytes - returned
         budget = size.vocab * size.student_hidden * 4 + size.chunk_bytes
         assert peaks[tokens] < 1.3 * budget, tokens
     # The resident set of two like runs differs by up to 4 MiB; one model's logits of 1792 tokens would be 112 MiB.

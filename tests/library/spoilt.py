@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from engine import GKDConfig, GKDTrainer
@@ -10,18 +12,25 @@ from engine.errors import BadStepsError
 
 def spoil(trainer: GKDTrainer, kind: str, steps: list[int], rank: int) -> None:
     """Make the loss, or only its gradient, infinite on one rank at some steps, in the second micro-batch."""
-    objective = trainer.run.objective
+    student, teacher = trainer.run.student, trainer.run.teacher
+    signals, hidden = teacher.signals, student.hidden
+    is_bad = False
 
-    def spoilt(student_NH, teacher_NH, shard, batch, counts, micro, spec):
-        is_bad = trainer.state.step + 1 in steps and trainer.run.rank == rank and micro == 1
-        if is_bad and kind == "loss":
-            teacher_NH = teacher_NH * torch.nan
+    def spoilt_signals(batches):
+        nonlocal is_bad
+        for micro, signal in enumerate(signals(batches)):
+            is_bad = trainer.state.step + 1 in steps and trainer.run.rank == rank and micro == 1
+            if is_bad and kind == "loss":
+                signal = dataclasses.replace(signal, hidden_NH=signal.hidden_NH * torch.nan)
+            yield signal
+
+    def spoilt_hidden(batch):
+        student_NH = hidden(batch)
         if is_bad and kind == "gradient":
             student_NH.register_hook(lambda grad: grad * torch.inf)
-        return objective(student_NH, teacher_NH, shard, batch, counts, micro, spec)
+        return student_NH
 
-    trainer.run.objective = spoilt
-    spoilt.spec = objective.spec
+    teacher.signals, student.hidden = spoilt_signals, spoilt_hidden
 
 
 def train_spoilt(fields: dict, kind: str, steps: list[int], rank: int) -> dict:

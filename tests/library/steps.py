@@ -12,10 +12,9 @@ from engine.cluster.collectives import build_vocab_groups, gather_counts
 from engine.config import GKDConfig
 from engine.data.batch import Sample, pack
 from engine.loss.divergence import DivergenceSpec
-from engine.loss.head import build_teacher_head
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 from engine.models.student import build_student
-from engine.teacher import build_teacher
+from engine.teacher.placements import build_teacher
 from tests.library.families import CONFIGS
 from tests.library.models import build, tiny_llama
 
@@ -73,31 +72,23 @@ def build_case(case: Case, learning_rate: float = 0.0, hidden_size: int = 16):
     reference = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     built = build_student(config, student, groups, shared, num_steps=10)
     teacher = build_teacher(config, teacher, torch.device("cpu"))
-    shard = build_teacher_head(teacher.head, built.head.ids_S, shared)
-    return built, teacher, shard, Stream(groups, built.head.ids_S, case.chunk_bytes, case.compiled), reference
+    teacher.attach(built)
+    return built, teacher, Stream(groups, built.head.ids_S, case.chunk_bytes, case.compiled), reference
 
 
 def train_step(case: Case, parts, spec: DivergenceSpec) -> float:
     """Forward and backward of one optimizer step, up to the head's gradient; returns the global loss."""
-    student, teacher, teacher_shard, stream, _ = parts
+    student, teacher, stream, _ = parts
     rank, shared = dist.get_rank(), min(case.vocab_size, case.teacher_vocab_size)
     batches = [pack(ragged_samples(rank, m, shared), "cpu") for m in range(case.accumulation)]
     counts = gather_counts([b.num_response_tokens for b in batches], "cpu")
     total = torch.zeros(1)
     shard = student.open_step(train=True)
-    for index, batch in enumerate(batches):
+    for index, (batch, signal) in enumerate(zip(batches, teacher.signals(batches), strict=True)):
         weights = torch.full((batch.num_response_tokens,), 1 / counts.sum().item())
         longest = int(counts[list(stream.groups.group_ranks), index].max())
         loss, _ = vocab_parallel_divergence(
-            student.hidden(batch),
-            teacher.hidden(batch),
-            shard,
-            teacher_shard,
-            batch.target_ids_N,
-            weights,
-            longest,
-            spec,
-            stream,
+            student.hidden(batch), signal, shard, batch.target_ids_N, weights, longest, spec, stream
         )
         student.backward(loss, is_last=index + 1 == len(batches))
         total += loss.detach()

@@ -14,6 +14,7 @@ import yaml
 
 from engine import GKDConfig, GKDTrainer
 from engine.bench.measure import received_bytes
+from engine.loss.objective import LossStep
 from engine.plan import volume
 from tests.library.network import INTERFACE
 
@@ -57,11 +58,10 @@ def main(recipes: list[Path]) -> None:
 def count(config: GKDConfig) -> dict[str, dict[str, float]]:
     """Mean bytes of a step, after the first ones: of the loss and of the whole."""
     trainer, counter = GKDTrainer(args=config), Counter()
-    run, objective = trainer.run, trainer.run.objective
+    run = trainer.run
     run.student.open_step = counter.wrap("loss", run.student.open_step)
     run.student.head.close_step = counter.wrap("loss", run.student.head.close_step)
-    run.objective = counter.wrap("loss", objective)
-    run.objective.spec = objective.spec
+    LossStep.__call__ = counter.wrap("loss", LossStep.__call__)
     step = counter.wrap("step", trainer._train_step)
     per_step: list[dict[str, int]] = []
 

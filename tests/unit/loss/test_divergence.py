@@ -9,8 +9,10 @@ import torch
 
 from engine.config import DIVERGENCE_KINDS
 from engine.loss.divergence import DIVERGENCES, LOG_ZERO, DivergenceSpec, dense_divergence
-from engine.loss.head import HeadShard, RowLayout
-from engine.loss.vocab_parallel import COLUMNS, Stream, vocab_parallel_divergence
+from engine.loss.head import HeadShard, VocabLayout
+from engine.loss.signal import HiddenSignal
+from engine.loss.values import TokenValues
+from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 
 
 def stream_over_logits(groups, student_NV, teacher_NV, spec, chunk_bytes=2**22):
@@ -23,7 +25,7 @@ def stream_over_logits(groups, student_NV, teacher_NV, spec, chunk_bytes=2**22):
     targets = torch.arange(count) % vocab
     stream = Stream(groups, torch.arange(vocab), chunk_bytes)
     loss, values = vocab_parallel_divergence(
-        hidden, teacher_NV, student, teacher, targets, torch.ones(count), count, spec, stream
+        hidden, HiddenSignal(teacher_NV, teacher), student, targets, torch.ones(count), count, spec, stream
     )
     loss.backward()
     return loss.item(), hidden.grad, values
@@ -139,11 +141,12 @@ def masked_stream(groups, z, t, spec):
     vocab = z.shape[1]
     bias = torch.where(z[0].isinf(), -math.inf, 0.0)
     none = torch.empty(0, dtype=torch.long)
-    heads = [HeadShard(torch.eye(vocab), bias, none, 1.0, None, torch.zeros(vocab, vocab)) for _ in range(2)]
+    student, teacher = (HeadShard(torch.eye(vocab), bias, none, 1.0, None, torch.zeros(vocab, vocab)) for _ in range(2))
     hidden = torch.where(z.isinf(), 0.0, z).requires_grad_()
     stream = Stream(groups, torch.arange(vocab), 2**22)
     args = (torch.arange(6), torch.ones(6), 6, spec, stream)
-    loss, _ = vocab_parallel_divergence(hidden, torch.where(t.isinf(), 0.0, t), *heads, *args)
+    signal = HiddenSignal(torch.where(t.isinf(), 0.0, t), teacher)
+    loss, _ = vocab_parallel_divergence(hidden, signal, student, *args)
     loss.backward()
     return loss.item(), hidden.grad
 
@@ -161,7 +164,7 @@ def test_vocabulary_of_262144(alone):
     leaf = hidden.clone().requires_grad_()
     stream = Stream(alone, torch.arange(vocab), 2 * 8 * vocab)
     loss, _ = vocab_parallel_divergence(
-        leaf, teacher_hidden, student, teacher, torch.arange(5), torch.ones(5), 5, spec, stream
+        leaf, HiddenSignal(teacher_hidden, teacher), student, torch.arange(5), torch.ones(5), 5, spec, stream
     )
     loss.backward()
     exact_loss, exact_hidden, exact_head = dense_head_gradients(torch.float64, hidden, teacher_hidden, weights, spec)
@@ -197,7 +200,7 @@ def test_near_convergence_with_bf16_weights(alone, kind):
     leaf = hidden.clone().requires_grad_()
     stream = Stream(alone, torch.arange(vocab), 2**22)
     args = (torch.arange(count), torch.ones(count), count, spec, stream)
-    loss, _ = vocab_parallel_divergence(leaf, teacher_hidden, shard, shard, *args)
+    loss, _ = vocab_parallel_divergence(leaf, HiddenSignal(teacher_hidden, shard), shard, *args)
     loss.backward()
     _, rounded_logit_grad = dense_in_double(z.bfloat16(), t.bfloat16(), spec)
     assert relative(leaf.grad, exact) < 1e-2
@@ -219,15 +222,16 @@ def test_values_of_the_sweep(alone):
         "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double(),
         "nll": nll,  # of the target at temperature 1
     }
-    for column, name in enumerate(COLUMNS):
-        assert values[:, column].tolist() == pytest.approx(expected[name].tolist(), rel=1e-5, abs=1e-6), name
+    assert TokenValues._fields == tuple(expected)
+    for name, value in values._asdict().items():
+        assert value.tolist() == pytest.approx(expected[name].tolist(), rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize(
     "num_rows,row_size,world,group", [(12, 5, 4, 2), (1001, 3, 4, 4), (9, 1, 8, 2), (13, 7, 3, 1), (8, 4, 8, 8)]
 )
-def test_row_layout_covers_every_row_once(num_rows, row_size, world, group):
-    layout = RowLayout(num_rows, row_size, world, group)
+def test_vocab_layout_covers_every_row_once(num_rows, row_size, world, group):
+    layout = VocabLayout(num_rows, row_size, world, group)
     for first in range(0, world, group):  # each token group covers the vocabulary
         ids = torch.cat([layout.shard_ids(rank) for rank in range(first, first + group)])
         assert sorted(ids[ids >= 0].tolist()) == list(range(num_rows))
@@ -239,11 +243,11 @@ def test_row_layout_covers_every_row_once(num_rows, row_size, world, group):
         )
 
 
-def test_row_layout_refuses():
+def test_vocab_layout_refuses():
     with pytest.raises(ValueError, match="must divide"):
-        RowLayout(100, 4, 4, 3)
+        VocabLayout(100, 4, 4, 3)
     with pytest.raises(ValueError, match="cannot be cut"):
-        RowLayout(3, 4, 4, 1)
+        VocabLayout(3, 4, 4, 1)
 
 
 def test_unknown_kind():

@@ -12,6 +12,7 @@ from engine.data.batch import Sample, pack
 from engine.loss.divergence import DivergenceSpec, dense_divergence
 from engine.loss.head import HeadShard
 from engine.loss.projection import project
+from engine.loss.signal import HiddenSignal
 from engine.loss.vocab_parallel import Stream, vocab_parallel_divergence
 from engine.models.backbone import (
     HiddenStates,
@@ -101,7 +102,14 @@ def test_packed_hidden_states_and_head_give_the_models_own_logits_and_loss(name,
         own = [torch.cat([m(torch.tensor([s.input_ids])).logits[0, 1:-1] for s in samples]) for m in (student, teacher)]
         stream, count = Stream(alone, torch.arange(97), 2**20), len(batch.target_ids_N)
         loss, _ = vocab_parallel_divergence(
-            *hidden, *shards, batch.target_ids_N, torch.full((count,), 1 / count), count, spec, stream
+            hidden[0],
+            HiddenSignal(hidden[1], shards[1]),
+            shards[0],
+            batch.target_ids_N,
+            torch.full((count,), 1 / count),
+            count,
+            spec,
+            stream,
         )
     # fp32 attention over a block-diagonal mask adds in another order than over one sequence
     torch.testing.assert_close(ours, own[0], rtol=2e-5, atol=2e-5)
