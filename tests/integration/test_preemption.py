@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import resource
 import signal
@@ -96,7 +97,7 @@ def slow_evaluation() -> None:
     original = Evaluator.run
 
     def slow(self):
-        print("evaluation begins", flush=True)
+        logging.getLogger("engine").warning("evaluation begins")
         time.sleep(1.5)
         return original(self)
 
