@@ -206,7 +206,8 @@ def print_summary(trainer: Any) -> None:
 
 def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = read_config(options.config, overrides)
-    from engine.assembly import Inputs, assemble
+    from engine.assembly import assemble
+    from engine.inputs import Inputs
 
     run = assemble(config, Inputs(), train=False)
     assert run.evaluator is not None

@@ -47,7 +47,7 @@ ROOMS = (
     {"models"},
     {"tracking"},
     {"teacher", "rollout"},
-    {"evaluation", "check"},
+    {"evaluation", "check", "inputs"},
     {"assembly"},
     {"callbacks"},
     {"trainer"},
