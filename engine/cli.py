@@ -1,8 +1,9 @@
-"""The command line: `train`, `evaluate`, `export`. Every configuration field is a flag of its name."""
+"""The command line: `python -m engine --help` lists the commands. Every configuration field is a flag of its name."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,6 +19,8 @@ from engine.config import GKDConfig, config_from_dict
 from engine.paths import expand_path
 from engine.values import as_bool
 
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+
 
 def main(arguments: list[str]) -> int:
     """Run a command; the user's mistakes end in one line and exit status 2, what befalls a run in one and status 1."""
@@ -27,9 +30,7 @@ def main(arguments: list[str]) -> int:
         return bench(arguments[1:])
     options, rest = build_parser().parse_known_args(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format=LOG_FORMAT)
     # torch 2.13 deprecates the names of collectives that deepspeed 0.19.8 calls, at every call
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for noisy in ("DeepSpeed", "httpx", "accelerate"):
@@ -162,14 +163,16 @@ def read_config(path: Path | None, overrides: dict[str, Any]) -> GKDConfig:
 
 def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = read_config(options.config, overrides)
-    from engine.cluster.logs import open_rank_log
-    from engine.trainer import GKDTrainer
+    from engine.cluster.logs import lines_out, open_rank_log
 
-    open_rank_log(Path(config.output_dir))
+    open_rank_log(Path(config.output_dir), LOG_FORMAT)
+    from engine.trainer import GKDTrainer  # other libraries talk while they are imported
+
     trainer = GKDTrainer(args=config)
     trainer.train()
     if trainer.run.rank == 0:
-        print_summary(trainer)
+        with contextlib.redirect_stdout(lines_out()):
+            print_summary(trainer)
     leave()
     return 0
 
@@ -203,7 +206,8 @@ def print_summary(trainer: Any) -> None:
 
 def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = read_config(options.config, overrides)
-    from engine.assembly import Inputs, assemble
+    from engine.assembly import assemble
+    from engine.inputs import Inputs
 
     run = assemble(config, Inputs(), train=False)
     assert run.evaluator is not None

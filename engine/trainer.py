@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.assembly import Inputs, assemble
+from engine.assembly import assemble
 from engine.callbacks import Callbacks, check_callback
 from engine.checkpoint import run_folder
 from engine.checkpoint.checkpoint import TrainState
@@ -22,6 +22,7 @@ from engine.cluster.signals import MAX_MINUTES, Due, Watch
 from engine.config import GKDConfig
 from engine.data.batch import PackedBatch, Sample, pack
 from engine.evaluation import Evaluation
+from engine.inputs import Inputs
 from engine.loss.values import TokenValues
 from engine.models.export import export_student
 from engine.paths import expand_path

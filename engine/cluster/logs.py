@@ -1,7 +1,8 @@
 """The console and the log files of a run: one voice, and a traceback that can be found.
 
-Rank 0 owns the console. What any other rank prints goes into `logs/rank_<k>.log` of the run folder. When a run breaks,
-the rank that failed first prints its traceback on the console, last; the others keep theirs in their files.
+Rank 0 owns the console, which shows the run's own lines, the engine's log and errors. What other libraries and other
+ranks print goes into `logs/rank_<k>.log` of the run folder. When a run breaks, the rank that failed first prints its
+traceback on the console, last; the others keep theirs in their files.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from engine.cluster import hosts
 from engine.errors import BadStepsError, CheckpointError
 
 _console: TextIO | None = None  # of a rank whose stderr goes to a file
+_lines: TextIO | None = None  # the console's stdout, of rank 0
 _log_path: Path | None = None
 
 USER_ERRORS = (ValueError, ConnectionError)  # exit status 2
 ONE_LINE = (*USER_ERRORS, CheckpointError, BadStepsError)  # told without a traceback: the text says what to do
 
 
-def open_rank_log(output_dir: Path) -> None:
-    """Send stdout and stderr of this rank, unless it is rank 0, to its file in the run folder.
+def open_rank_log(output_dir: Path, log_format: str) -> None:
+    """Send stdout and stderr of this rank to its file in the run folder; rank 0 keeps a way to the console.
+
+    `log_format` is that of the engine's log there.
 
     Raises:
         ValueError: where the folder cannot be written.
     """
-    global _console, _log_path
+    global _console, _lines, _log_path
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
-        return
     path = output_dir / "logs" / f"rank_{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,9 +45,19 @@ def open_rank_log(output_dir: Path) -> None:
         raise ValueError(f"output_dir={str(output_dir)!r} cannot be written on {hosts.host_name()}: {error}") from error
     _log_path, _console = path, os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
     sys.stdout.flush()
+    if rank == 0:
+        _lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+        handler = logging.StreamHandler(_console)
+        handler.setFormatter(logging.Formatter(log_format))
+        logging.getLogger("engine").addHandler(handler)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file.fileno(), stream.fileno())
     logging.getLogger().setLevel(logging.INFO)
+
+
+def lines_out() -> TextIO:
+    """Where the run's own lines go: the console, or the file of a rank that has none."""
+    return _lines or sys.stdout
 
 
 def report_failure(error: Exception) -> int:

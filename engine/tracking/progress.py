@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
+
+from engine.cluster.logs import lines_out
 
 FORMATS = {
     "train/loss": "loss {:.4f}",
@@ -31,8 +32,9 @@ class Progress:
         self.first_step, self.total_steps, self.logging_steps = first_step, total_steps, logging_steps
         self._start_s = time.perf_counter()
         self._bar: tqdm | None = None
-        if sys.stdout.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+        self._out = lines_out()
+        if self._out.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", file=self._out, dynamic_ncols=True)
 
     def show(self, step: int, metrics: Mapping[str, Any], is_wanted: bool = False) -> None:
         """`is_wanted`: whether somebody asked for this step's line, whenever lines are due."""
@@ -59,7 +61,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line)
         else:
-            print(line, flush=True)
+            print(line, file=self._out, flush=True)
 
     def _time_left(self, step: int) -> list[str]:
         if not self.first_step < step < self.total_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import resource
 import signal
@@ -91,7 +92,7 @@ def slow_evaluation() -> None:
     original = Evaluator.run
 
     def slow(self):
-        print("evaluation begins", flush=True)
+        logging.getLogger("engine").warning("evaluation begins")
         time.sleep(1.5)
         return original(self)
 

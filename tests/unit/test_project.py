@@ -49,7 +49,7 @@ ROOMS = (
     {"models"},
     {"tracking"},
     {"teacher", "rollout"},
-    {"evaluation", "check"},
+    {"evaluation", "check", "inputs"},
     {"assembly"},
     {"callbacks"},
     {"trainer"},

@@ -1,0 +1,208 @@
+"""Reading the input: configurations, tokenizers and rows, and everything that can be wrong with them.
+
+Before a model's weights are read, and before anything is built. No collectives: `assembly` says which rank reads when.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from torch import nn
+
+from engine.checkpoint.parts import check_saveable, export_parts
+from engine.config import GKDConfig
+from engine.data.batch import Sample
+from engine.data.chat import stop_token_ids
+from engine.data.samples import StepData, build_rows, eval_batches
+from engine.data.selection import MapRows, StreamRows
+from engine.data.sources import has_split
+from engine.data.template import TemplateInput
+from engine.data.tokenizer import load_tokenizer, load_tokenizer_at_hand, plain_tokenizer, prepare_tokenizer
+from engine.data.vocabulary import check_ids, check_same_vocabulary
+from engine.models.backbone import (
+    build_on_meta,
+    check_positions,
+    check_usable,
+    download_model,
+    read_generation_config,
+    read_model_config,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Inputs:
+    """What a run is given beside its configuration; None means the configuration names it."""
+
+    model: nn.Module | None = None
+    teacher_model: nn.Module | None = None
+    tokenizer: Any = None
+    train_dataset: Any = None
+    eval_dataset: Any = None
+    teacher_tokenizer: Any = None
+
+
+@dataclass
+class Read:
+    """What a rank has read and checked before it builds anything."""
+
+    shared_vocab_size: int
+    tokenizer: Any
+    data: StepData | None = None
+    evaluator_batches: list[list[Sample]] | None = None
+    num_steps: int = 1
+    fingerprints: dict[str, str] = field(default_factory=dict)  # by split
+    # `train` and `eval`: the split, and its usable rows; None of a stream
+    num_rows: dict[str, tuple[str, int | None]] = field(default_factory=dict)
+
+
+@dataclass
+class Reader:
+    """Reads for one rank. `now` is what a chat template takes for today; without `train`, rows to evaluate on alone."""
+
+    config: GKDConfig
+    inputs: Inputs
+    train: bool
+    rank: int
+    world_size: int
+    now: datetime
+
+    def read(self) -> Read:
+        """Read and check, and download what is missing.
+
+        Raises:
+            ValueError: for input that cannot work.
+        """
+        config, inputs = self.config, self.inputs
+        student_config = self._model_config(inputs.model, config.model_name_or_path, "model_name_or_path")
+        teacher_config = self._model_config(
+            inputs.teacher_model, config.teacher_model_name_or_path, "teacher_model_name_or_path"
+        )
+        for who, model_config in (("student", student_config), ("teacher", teacher_config)):
+            check_positions(model_config, config.max_length, who, self.rank == 0)
+        shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
+        read = Read(shared_vocab_size, self._tokenizer(shared_vocab_size))
+        if self.wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
+            raise ValueError(
+                "eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both"
+            )
+        if self.train:
+            self._check_export(student_config, read.tokenizer)
+            self._read_training_rows(read)
+        self._read_evaluation_rows(read)
+        for given, name in (
+            (inputs.model, config.model_name_or_path),
+            (inputs.teacher_model, config.teacher_model_name_or_path),
+        ):
+            if given is None:
+                assert name is not None  # `_model_config` has read it
+                download_model(name)
+        return read
+
+    @property
+    def wants_evaluation(self) -> bool:
+        return not self.train or self.config.eval_steps is not None or self.config.eval_on_start
+
+    def _model_config(self, model: nn.Module | None, name: str | None, field_name: str) -> Any:
+        """The model's configuration, after the check that its class can be used."""
+        if model is None:
+            if name is None:
+                raise ValueError(f"{field_name} is not set, and no model object was given")
+            model = build_on_meta(name, read_model_config(name, self.config), self.config)
+        check_usable(model, longest_row(self.config))
+        return model.config
+
+    def _check_export(self, student_config: Any, tokenizer: Any) -> None:
+        """What is saved beside the weights can be saved, which must not show at the first checkpoint."""
+        if self.inputs.model is not None:
+            settings = self.inputs.model.generation_config
+        else:
+            assert self.config.model_name_or_path is not None  # `_model_config` has read it
+            settings = read_generation_config(self.config.model_name_or_path, student_config)
+        stop_ids = stop_ids_of(self.config, tokenizer, settings)
+        check_saveable(export_parts(student_config, settings, tokenizer, stop_ids))
+
+    def _rows(self, data: Any, split: str, read: Read) -> MapRows | StreamRows:
+        rows = build_rows(data, read.tokenizer, self.config, split, self.rank, self.now, read.shared_vocab_size)
+        read.fingerprints[split] = rows.fingerprint
+        return rows
+
+    def _read_training_rows(self, read: Read) -> None:
+        split = self.config.dataset_train_split
+        rows = self._rows(self.inputs.train_dataset, split, read)
+        read.data = StepData(rows, self.config, self.world_size, self.rank)
+        read.num_rows["train"] = split, len(rows) if isinstance(rows, MapRows) else None
+        read.num_steps = count_steps(self.config, read.data)
+
+    def _read_evaluation_rows(self, read: Read) -> None:
+        """The rows to evaluate on, where that is asked for, or they are there anyhow."""
+        config, given = self.config, self.inputs.eval_dataset
+        split = config.dataset_test_split or "test"
+        if given is None and config.dataset_test_split is None:
+            if self.wants_evaluation:
+                raise ValueError(
+                    "evaluation is asked for, and dataset_test_split is none: name the split to evaluate on"
+                )
+            return
+        if given is None and not self.wants_evaluation:
+            if self.inputs.train_dataset is not None or not has_split(config, split):
+                return
+        rows = self._rows(given, split, read)
+        assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
+        read.evaluator_batches = eval_batches(rows, self.rank, self.world_size, config.per_device_eval_batch_size)
+        read.num_rows["eval"] = split, len(rows)
+
+    def _tokenizer(self, shared_vocab_size: int) -> Any:
+        """The student's tokenizer, which the teacher must share."""
+        config, given = self.config, self.inputs.tokenizer
+        if given is not None:
+            tokenizer = prepare_tokenizer(plain_tokenizer(given))
+        elif config.model_name_or_path is not None:
+            tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+        else:
+            raise ValueError("a model object came without its tokenizer: pass processing_class=")
+        # more ids than rows are no fault of their own
+        check_ids(stop_token_ids(tokenizer), shared_vocab_size, tokenizer)
+        teacher_tokenizer = self._teacher_tokenizer()
+        if teacher_tokenizer is None:
+            logger.warning(
+                "the teacher came as an object without a tokenizer: that its ids mean what the student's do was not "
+                "checked. Pass teacher_processing_class="
+            )
+        else:
+            check_same_vocabulary(tokenizer, teacher_tokenizer, config.allow_token_renames)
+        return tokenizer
+
+    def _teacher_tokenizer(self) -> Any:
+        """The teacher's tokenizer; None for an object that nobody knows the tokenizer of."""
+        config, inputs = self.config, self.inputs
+        if inputs.teacher_tokenizer is not None:
+            return plain_tokenizer(inputs.teacher_tokenizer)
+        if inputs.teacher_model is None:
+            assert config.teacher_model_name_or_path is not None  # `_model_config` has read it
+            return load_tokenizer(config.teacher_model_name_or_path, config.trust_remote_code)
+        return load_tokenizer_at_hand(inputs.teacher_model.config.name_or_path, config.trust_remote_code)
+
+
+def longest_row(config: GKDConfig) -> int:
+    """Most tokens that a micro-batch packs into one row."""
+    train = config.per_device_train_batch_size * config.num_generations * config.teacher_tp_size  # scored together
+    return config.max_length * max(train, config.per_device_eval_batch_size)
+
+
+def count_steps(config: GKDConfig, data: StepData) -> int:
+    """Optimizer steps of the run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * data.steps_per_epoch)
+
+
+def stop_ids_of(config: GKDConfig, tokenizer: Any, generation_config: Any) -> list[int]:
+    """Ids at which the student stops, in rollouts and once it is exported."""
+    template = TemplateInput(kwargs=config.chat_template_kwargs)
+    return stop_token_ids(tokenizer, generation_config.eos_token_id, template)
