@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -37,6 +38,8 @@ CACHE_FOLDER = "gkd-engine"  # under HF_DATASETS_CACHE
 ROWS_PER_PROCESS = 1000  # fewer are not worth a process
 MAX_PROCESSES = 32
 BAD, NO_ROOM = -2, -1  # in the column `num_responses`
+logger = logging.getLogger(__name__)
+
 ROOM = Path(__file__).parent
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
 
@@ -185,6 +188,9 @@ def encode_source(
     folder = Path(datasets.config.HF_DATASETS_CACHE) / CACHE_FOLDER
     numbers = Dataset(pa.table({"number": np.arange(count)}))
     processes = min(count, num_proc or default_processes(source, count))
+    file = folder / f"{key}.arrow"
+    if not file.exists():
+        logger.info("%s: checking and tokenising %d rows with %d processes", name, count, processes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return numbers.map(
@@ -193,7 +199,7 @@ def encode_source(
             remove_columns=["number"],
             features=FEATURES,
             num_proc=processes if processes > 1 else None,
-            cache_file_name=str(folder / f"{key}.arrow"),
+            cache_file_name=str(file),
             new_fingerprint=key,
             load_from_cache_file=True,
             desc=f"{name}: checking and tokenising",

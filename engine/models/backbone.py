@@ -228,10 +228,12 @@ def build_on_meta(name: str, model_config: Any, config: GKDConfig) -> nn.Module:
     options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
     try:
         with torch.device("meta"), no_init_weights():
-            return auto_class.from_config(model_config, **options)
+            model = auto_class.from_config(model_config, **options)
     except Exception as error:  # no such attention kernel, a package that is missing, a field that config.json lacks
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"model {name!r}: {auto_class.__name__} cannot build it ({reason})") from error
+    model.tie_weights()  # which transformers leaves to the initialisation of weights
+    return model
 
 
 def check_usable(model: nn.Module, longest_row: int) -> None:
