@@ -34,12 +34,12 @@ from engine.data.sources import JsonLines, Source, fingerprint, is_arrow, place_
 from engine.data.template import NO_INPUT, TemplateInput, variables_of
 from engine.data.vocabulary import check_ids
 
+logger = logging.getLogger(__name__)
+
 CACHE_FOLDER = "gkd-engine"  # under HF_DATASETS_CACHE
 ROWS_PER_PROCESS = 1000  # fewer are not worth a process
 MAX_PROCESSES = 32
 BAD, NO_ROOM = -2, -1  # in the column `num_responses`
-logger = logging.getLogger(__name__)
-
 ROOM = Path(__file__).parent
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
 
@@ -189,7 +189,7 @@ def encode_source(
     numbers = Dataset(pa.table({"number": np.arange(count)}))
     processes = min(count, num_proc or default_processes(source, count))
     file = folder / f"{key}.arrow"
-    if not file.exists():
+    if not any(folder.glob(f"{key}*.arrow")):  # each process writes one of its own
         logger.info("%s: checking and tokenising %d rows with %d processes", name, count, processes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
