@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engine import check
 from engine.checkpoint import run_folder
@@ -50,7 +51,7 @@ class Run:
     rank: int
     world_size: int
     device: torch.device
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     student: Student
     parts: list[Any]  # what an export holds beside the student's weights
     teacher: Teacher
@@ -123,7 +124,9 @@ def _read(reader: Reader) -> Read:
         return reader.read()
 
 
-def build_sampling(config: GKDConfig, tokenizer: Any, model: nn.Module, shared_vocab_size: int) -> Sampling:
+def build_sampling(
+    config: GKDConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module, shared_vocab_size: int
+) -> Sampling:
     context_size = min(
         config.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", config.max_length)
     )

@@ -13,7 +13,7 @@ import difflib
 import importlib.util
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from engine.paths import expand_path
 from engine.values import as_bool, coerce, plain
@@ -28,6 +28,10 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
      "continue_final_message", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask",
      "strftime_now", "padding", "truncation", "max_length", "tokenizer_kwargs"}
 )  # fmt: skip
+
+
+TeacherPlacement = Literal["zero3", "replicated", "tensor_parallel"]
+TeacherOffload = Literal["none", "between_steps"]
 
 
 def option(
@@ -164,10 +168,10 @@ class GKDConfig:
     )
 
     # Teacher
-    teacher_placement: str = option(
+    teacher_placement: TeacherPlacement = option(
         "zero3",
         "`zero3` partitions the teacher over all ranks, `tensor_parallel` over a few, `replicated` puts it on each.",
-        ("zero3", "replicated", "tensor_parallel"),
+        typing.get_args(TeacherPlacement),
     )
     teacher_tp_size: int = option(1, "Ranks that share a `tensor_parallel` teacher.")
     teacher_deepspeed: dict[str, Any] | str | None = option(
@@ -176,10 +180,10 @@ class GKDConfig:
         is_path=True,
     )
 
-    teacher_offload: str = option(
+    teacher_offload: TeacherOffload = option(
         "none",
         "`between_steps`: a `replicated` teacher and the student's optimizer state take turns on the device.",
-        ("none", "between_steps"),
+        typing.get_args(TeacherOffload),
     )
 
     # Run

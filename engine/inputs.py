@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engine.checkpoint.parts import check_saveable, export_parts
 from engine.config import GKDConfig
@@ -41,10 +42,10 @@ class Inputs:
 
     model: nn.Module | None = None
     teacher_model: nn.Module | None = None
-    tokenizer: Any = None
+    tokenizer: Any = None  # or a processor
     train_dataset: Any = None
     eval_dataset: Any = None
-    teacher_tokenizer: Any = None
+    teacher_tokenizer: Any = None  # or a processor
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Read:
     """What a rank has read and checked before it builds anything."""
 
     shared_vocab_size: int
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     data: StepData | None = None
     evaluator_batches: list[list[Sample]] | None = None
     num_steps: int = 1
@@ -117,7 +118,7 @@ class Reader:
         check_usable(model, longest_row(self.config))
         return model.config
 
-    def _check_export(self, student_config: Any, tokenizer: Any) -> None:
+    def _check_export(self, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """What is saved beside the weights can be saved, which must not show at the first checkpoint."""
         if self.inputs.model is not None:
             settings = self.inputs.model.generation_config
@@ -157,7 +158,7 @@ class Reader:
         read.evaluator_batches = eval_batches(rows, self.rank, self.world_size, config.per_device_eval_batch_size)
         read.num_rows["eval"] = split, len(rows)
 
-    def _tokenizer(self, shared_vocab_size: int) -> Any:
+    def _tokenizer(self, shared_vocab_size: int) -> PreTrainedTokenizerBase:
         """The student's tokenizer, which the teacher must share."""
         config, given = self.config, self.inputs.tokenizer
         if given is not None:
@@ -178,7 +179,7 @@ class Reader:
             check_same_vocabulary(tokenizer, teacher_tokenizer, config.allow_token_renames)
         return tokenizer
 
-    def _teacher_tokenizer(self) -> Any:
+    def _teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The teacher's tokenizer; None for an object that nobody knows the tokenizer of."""
         config, inputs = self.config, self.inputs
         if inputs.teacher_tokenizer is not None:
@@ -202,7 +203,7 @@ def count_steps(config: GKDConfig, data: StepData) -> int:
     return math.ceil(config.num_train_epochs * data.steps_per_epoch)
 
 
-def stop_ids_of(config: GKDConfig, tokenizer: Any, generation_config: Any) -> list[int]:
+def stop_ids_of(config: GKDConfig, tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
     """Ids at which the student stops, in rollouts and once it is exported."""
     template = TemplateInput(kwargs=config.chat_template_kwargs)
     return stop_token_ids(tokenizer, generation_config.eos_token_id, template)

@@ -52,7 +52,9 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """An annotation in a user's words."""
+    """An annotation in a user's words; the values of a `Literal` are told by whoever checks them."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "str"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
@@ -63,7 +65,11 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         return as_bool(value)
     if kind in (int, float) and not isinstance(value, bool):
         return _as_number(value, kind)
-    if kind is str and isinstance(value, (str, Path, int, float, datetime.date)) and not isinstance(value, bool):
+    if (
+        (kind is str or origin is typing.Literal)
+        and isinstance(value, (str, Path, int, float, datetime.date))
+        and not isinstance(value, bool)
+    ):
         return str(value)  # YAML reads a name such as 2024 as a number
     if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return dict(value)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError
 
@@ -37,7 +37,7 @@ class GenerationSettings:
 
 
 def export_parts(
-    model_config: Any, generation_config: GenerationConfig, tokenizer: Any, stop_ids: Sequence[int]
+    model_config: Any, generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> list[Any]:
     return [model_config, GenerationSettings(generation_config, tuple(stop_ids)), tokenizer]
 
