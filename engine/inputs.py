@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from engine.checkpoint.parts import check_saveable, export_parts
+from engine.cluster.logs import bars_on_console
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.data.chat import stop_token_ids
@@ -129,7 +130,8 @@ class Reader:
         check_saveable(export_parts(student_config, settings, tokenizer, stop_ids))
 
     def _rows(self, data: Any, split: str, read: Read) -> MapRows | StreamRows:
-        rows = build_rows(data, read.tokenizer, self.config, split, self.rank, self.now, read.shared_vocab_size)
+        with bars_on_console():
+            rows = build_rows(data, read.tokenizer, self.config, split, self.rank, self.now, read.shared_vocab_size)
         read.fingerprints[split] = rows.fingerprint
         return rows
 

@@ -11,6 +11,8 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TextIO
 
@@ -58,6 +60,16 @@ def open_rank_log(output_dir: Path, log_format: str) -> None:
 def lines_out() -> TextIO:
     """Where the run's own lines go: the console, or the file of a rank that has none."""
     return _lines or sys.stdout
+
+
+@contextmanager
+def bars_on_console() -> Iterator[None]:
+    """Within, progress bars of libraries show on rank 0's console, where that is a terminal, and not in its file."""
+    if _lines is None or not _lines.isatty():
+        yield
+        return
+    with redirect_stderr(_lines):  # where a bar looks that is told of no file
+        yield
 
 
 def report_failure(error: Exception) -> int:
