@@ -38,6 +38,10 @@ def open_rank_log(output_dir: Path, log_format: str) -> None:
         ValueError: where the folder cannot be written.
     """
     global _console, _lines, _log_path
+    try:
+        sys.stdout.fileno(), sys.stderr.fileno()
+    except OSError:  # somebody reads them in Python, as a notebook does
+        return
     rank = int(os.environ.get("RANK", 0))
     path = output_dir / "logs" / f"rank_{rank}.log"
     try:
