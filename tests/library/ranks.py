@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -104,3 +105,21 @@ class Ranks:
                 process.kill()
             process.join()
             pipe.close()
+
+
+def worlds() -> Iterator[Callable[[int], Ranks]]:
+    """What a fixture `ranks` yields: `ranks(n)` are n rank processes, started once, and again after a check that hung.
+
+    A fixture of one folder's tests, not of the session: every group that a check has made keeps its threads, and idle
+    ranks with hundreds of them slow all other tests down.
+    """
+    started: dict[int, Ranks] = {}
+
+    def get(world_size: int) -> Ranks:
+        if world_size not in started or not started[world_size].alive:
+            started[world_size] = Ranks(world_size)
+        return started[world_size]
+
+    yield get
+    for world in started.values():
+        world.stop()
