@@ -116,7 +116,7 @@ def test_prompts_alone_are_used_where_the_answer_is_written_anew(settings, used,
     assert len(rows) == used and caplog.messages == ([] if said is None else [f"train_dataset: {said}"])
     data = StepData(rows, config(**settings), 1, 0)
     assert data.lacks_answers(0) is (settings["lmbda"] == 0.5)
-    assert data.steps_per_epoch(5) == used / 5
+    assert data.steps_per_epoch == used / data.global_batch
 
 
 @pytest.mark.parametrize("rows_type", [MapRows, StreamRows])
