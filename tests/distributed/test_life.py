@@ -211,6 +211,7 @@ def test_new_settings_count_after_a_resume_and_are_named(ranks, inputs, copy, by
     assert (ours == theirs).all() if world_size == 2 else ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
+@pytest.mark.slow  # DeepSpeed compiles its Adam
 def test_new_settings_count_with_deepspeeds_own_optimizer(ranks, inputs, tmp_path):
     """Which keeps a count of steps in its groups."""
     fields = inputs | {"deepspeed": "tests/fused_adam.json", "output_dir": str(tmp_path / "run")}
