@@ -125,7 +125,9 @@ TRL_SWAP = {
 }
 
 
-@pytest.mark.parametrize("kind,num_ranks", [("python", 1), ("deepspeed", 2), ("torchrun", 2)])
+@pytest.mark.parametrize(
+    "kind,num_ranks", [("python", 1), ("deepspeed", 2), pytest.param("torchrun", 2, marks=pytest.mark.slow)]
+)
 def test_trls_example_with_one_import_changed(recipe, tmp_path, kind, num_ranks):
     """The basic example of TRL's documentation, tiny models in place of Qwen2 and fewer rows."""
     code = TRL_EXAMPLE.read_text().split("```python\n")[1].split("```")[0]
