@@ -82,6 +82,8 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         teacher_settings(config)
     if rank == 0 and (sentence := replaced_scheduler(config)):
         logger.info(sentence)
+    if rank == 0 and config.accepted_sentence:
+        logger.warning(config.accepted_sentence)
     resume_from = find_resumption(config) if train else None
     if train:
         run_folder.check_start(config, resume_from.path if resume_from else None)

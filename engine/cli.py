@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import sys
+import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
+from engine.config.pages import own_sections, shown_default
 from engine.paths import expand_path
 from engine.values import as_bool
 
@@ -70,22 +71,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def default_of(item: dataclasses.Field) -> Any:
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-
-
 def describe_fields() -> str:
     lines = ["fields (each one a flag, --field value; a bare --field is true, --no_field false):"]
-    for item in dataclasses.fields(GKDConfig):
-        lines.append(f"  --{item.name} (default: {default_of(item)})\n      {item.metadata['help']}")
+    for section, options in own_sections().items():
+        lines.append(f"\n{section}:")
+        for option in options:
+            lines.append(f"  --{option.name} (default: {shown_default(option)})\n      {option.text}")
+    lines.append("\nThe other fields of TRL's and transformers' scripts: engine/TRL.md says what each does here.")
     return "\n".join(lines)
 
 
 def field_table() -> str:
     """The table of fields in engine/CONFIGURATION.md, in Markdown; `python -m engine fields` prints it."""
     lines = ["| field | default | |", "| --- | --- | --- |"]
-    for item in dataclasses.fields(GKDConfig):
-        lines.append(f"| `{item.name}` | `{default_of(item)}` | {item.metadata['help']} |")
+    for section, options in own_sections().items():
+        lines.append(f"| **{section}** | | |")
+        lines += [f"| `{option.name}` | `{shown_default(option)}` | {option.text} |" for option in options]
     return "\n".join(lines)
 
 
@@ -119,13 +120,15 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 
 def field_kind(name: str) -> str | None:
     """What a flag takes: "bool", "list", "switch" (a value, or bare for true), "value"; None for an unknown one."""
-    items = {item.name: item for item in dataclasses.fields(GKDConfig)}
-    if name not in items:
+    if name not in GKDConfig.options():
         return None
-    hint = str(items[name].type)
-    if hint == "bool":
+    option = GKDConfig.options()[name]
+    kinds = typing.get_args(option.hint) or (option.hint,)
+    if bool in kinds:
         return "bool"
-    return "switch" if items[name].metadata["bools"] else "list" if hint.startswith("list") else "value"
+    if option.words is not None:
+        return "switch"
+    return "list" if any(kind is list or typing.get_origin(kind) is list for kind in (option.hint, *kinds)) else "value"
 
 
 def take_values(name: str, rest: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ It knows types and words, no field's meaning. Imports neither torch nor numpy.
 from __future__ import annotations
 
 import datetime
+import enum
 import json
 import math
 import types
@@ -19,7 +20,13 @@ UNSET = ("none", "null", "")
 
 
 def plain(value: Any) -> Any:
-    """numpy's scalars and arrays as Python's own."""
+    """numpy's scalars and arrays, members of enumerations and torch's dtypes as Python's own, also inside a dict."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     return value.tolist() if type(value).__module__ == "numpy" else value
 
 
@@ -34,7 +41,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     Raises:
         ValueError: where the value cannot be of that type; the text begins with `name`.
     """
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     is_list = any(typing.get_origin(kind) is list for kind in kinds)
     if value is None or isinstance(value, str) and value.strip().lower() in UNSET:
         if type(None) in kinds:

@@ -155,5 +155,5 @@ def build_schedule(
     optimizer: torch.optim.Optimizer, config: GKDConfig, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """transformers' schedule of that name, with warm-up."""
-    warmup = config.warmup_steps or int(config.warmup_ratio * num_steps)
+    warmup = config.get_warmup_steps(num_steps)
     return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)

@@ -20,7 +20,7 @@ FORMATS = {
 }
 
 
-def is_line_due(step: int, first_step: int, total_steps: int, logging_steps: int) -> bool:
+def is_line_due(step: int, first_step: int, total_steps: int, logging_steps: float) -> bool:
     """Whether a step is logged: every `logging_steps`, the first after `first_step`, and the last."""
     return step % logging_steps == 0 or step in (first_step + 1, total_steps)
 
@@ -28,7 +28,7 @@ def is_line_due(step: int, first_step: int, total_steps: int, logging_steps: int
 class Progress:
     """Shows steps `first_step + 1` to `total_steps`; lines come where `is_line_due`."""
 
-    def __init__(self, first_step: int, total_steps: int, logging_steps: int) -> None:
+    def __init__(self, first_step: int, total_steps: int, logging_steps: float) -> None:
         self.first_step, self.total_steps, self.logging_steps = first_step, total_steps, logging_steps
         self._start_s = time.perf_counter()
         self._bar: tqdm | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from engine.cli import field_table, main, parse_overrides, read_config
 from engine.config import GKDConfig, config_from_dict
+from engine.config.pages import own_sections
 from engine.zero.settings import resolve_deepspeed, teacher_settings
 from tests.library.paths import ROOT
 
@@ -125,9 +125,9 @@ def test_paths_are_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.delenv("NOWHERE", raising=False)
-    names = [item.name for item in dataclasses.fields(GKDConfig) if item.metadata["is_path"]]
-    assert names == ["model_name_or_path", "teacher_model_name_or_path", "dataset_name", "teacher_deepspeed",
-                     "output_dir", "resume_from_checkpoint", "deepspeed"]  # fmt: skip
+    names = [name for name, option in GKDConfig.options().items() if option.is_path]
+    assert names == ["model_name_or_path", "teacher_model_name_or_path", "dataset_name", "chat_template_path",
+                     "deepspeed", "teacher_deepspeed", "output_dir", "resume_from_checkpoint"]  # fmt: skip
     for name in names:
         assert getattr(GKDConfig(**{name: "~/x"}), name) == f"{tmp_path}/x"
         assert getattr(GKDConfig(**{name: "${SCRATCH}/x"}), name) == f"{tmp_path}/scratch/x"
@@ -177,8 +177,8 @@ def test_global_batch_size():
 
 
 def test_every_field_is_documented():
-    for item in dataclasses.fields(GKDConfig):
-        assert item.metadata["help"].endswith("."), item.name
+    for option in GKDConfig.options().values():
+        assert option.text.endswith("."), option.name
 
 
 def test_flags_override_the_recipe(tmp_path):
@@ -258,8 +258,9 @@ def test_help_needs_no_torch():
     )
     code = "\n".join(lines)
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for item in dataclasses.fields(GKDConfig):
-        assert f"--{item.name} " in output
+    for option in (option for options in own_sections().values() for option in options):
+        assert f"--{option.name} " in output
+    assert "engine/TRL.md" in output and "--packing" not in output
 
 
 def test_configuration_md_ends_with_the_table_of_fields():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 from engine.checkpoint.changes import OF_THE_CHECKPOINT, ORDER_OF_ROWS, WITHOUT_A_WORD, compare_fields, compare_rows
@@ -15,7 +14,7 @@ def saved(**fields) -> dict:
 
 def test_every_name_is_a_field_of_one_kind():
     named = [*WITHOUT_A_WORD, *ORDER_OF_ROWS, *OF_THE_CHECKPOINT]
-    assert len(named) == len(set(named)) and set(named) <= {item.name for item in dataclasses.fields(GKDConfig)}
+    assert len(named) == len(set(named)) and set(named) <= set(GKDConfig.options())
 
 
 def test_equal_configurations_and_costs_are_not_mentioned():
