@@ -48,7 +48,7 @@ ROOMS = (
     {"checkpoint"},
     {"models"},
     {"tracking"},
-    {"teacher", "rollout"},
+    {"teacher", "rollout", "publish"},
     {"evaluation", "check", "inputs"},
     {"assembly"},
     {"callbacks"},
