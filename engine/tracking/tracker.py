@@ -18,8 +18,6 @@ import netrc
 import os
 import platform
 import secrets
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +27,7 @@ from urllib.parse import urlparse
 import yaml
 
 from engine.config import GKDConfig
+from engine.tracking.command import command_line, hide_secrets_from_libraries
 from engine.tracking.progress import Progress
 from engine.tracking.timing import Phases
 from engine.values import as_bool
@@ -86,6 +85,7 @@ class Tracker:
         if not is_main:
             return
         self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        hide_secrets_from_libraries()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         record = {**config.to_dict(), **extra_config, "versions": package_versions(), "command": command_line()}
@@ -346,7 +346,3 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         name: installed[name] for name in VERSIONED_PACKAGES if name in installed
     }
-
-
-def command_line() -> str:
-    return shlex.join(sys.orig_argv)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from engine.config import GKDConfig, config_from_dict
+from engine.tracking.command import hide_secrets
 from engine.tracking.progress import format_duration
 from engine.tracking.tracker import Tracker, has_wandb_key, wandb_mode
 from tests.library.paths import ROOT
@@ -150,6 +151,22 @@ def test_wandb_mode_is_online_only_with_a_key(monkeypatch, tmp_path):
     assert (wandb_mode("auto"), wandb_mode("offline")) == ("online", "offline")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert (wandb_mode("auto"), wandb_mode("online")) == ("offline", "online")
+
+
+def test_no_record_has_the_token(tmp_path, monkeypatch):
+    token = "hf_" + "x" * 9
+    words = ["train.py", "--hub_token", token, f"--push-to-hub-token={token}", "--beta", "1"]
+    monkeypatch.setattr(sys, "argv", list(words))
+    monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+    hidden = ["train.py", "--hub_token", "<hidden>", "--push-to-hub-token=<hidden>", "--beta", "1"]
+    assert hide_secrets(words) == hidden
+    tracker = build_tracker(tmp_path, report_to="tensorboard", hub_token=token)
+    tracker.begin(0, total_steps=1)
+    tracker.log(1, {"train/loss": 0.5})
+    tracker.finish()
+    assert sys.argv == hidden and tracker.config.hub_token == token
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 3 and not any(token.encode() in path.read_bytes() for path in files)
 
 
 @pytest.mark.lengthy
