@@ -17,6 +17,7 @@ import yaml
 
 from engine.config import GKDConfig, config_from_dict
 from engine.config.pages import own_sections, shown_default
+from engine.config.trl import trl_table
 from engine.paths import expand_path
 from engine.values import as_bool
 
@@ -66,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, help="a folder checkpoints/step_<N>")
     export.add_argument("out", type=Path, help="the folder to write")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="dtype of the weights")
-    commands.add_parser("fields", help="print the table of configuration fields in Markdown")
+    fields = commands.add_parser("fields", help="print the table of configuration fields in Markdown")
+    fields.add_argument("--trl", action="store_true", help="what each field of a script for TRL does here")
     commands.add_parser("bench", help="measure a part of the engine on this machine; bench --help", add_help=False)
     return parser
 
@@ -260,7 +262,7 @@ def leave() -> None:
 
 
 def print_fields(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    print(field_table())
+    print(trl_table() if options.trl else field_table())
     return 0
 
 

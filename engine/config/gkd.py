@@ -99,12 +99,13 @@ class GKDConfig(
         for name, option in self.options().items():
             value = plain(getattr(self, name))
             try:
-                setattr(self, name, _read_value(option, value))
+                value = _read_value(option, value)
             except ValueError as error:
-                if option.section is RefusedFields:
-                    setattr(self, name, value)  # whatever it is, the answer is the field's sentence
-                else:
+                if option.section is not RefusedFields:  # whose own sentence is the answer, whatever it is
                     problems[name] = str(error)
+            if option.section in (AcceptedFields, RefusedFields) and not is_set(value, option.default):
+                value = option.default  # one way to be off
+            setattr(self, name, value)
         return problems
 
     def _rename(self) -> list[str]:

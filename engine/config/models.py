@@ -18,9 +18,7 @@ ATTENTION_KERNELS = ("eager", "sdpa", "flash_attention_2")
 class ModelFields:
     """Models."""
 
-    model_name_or_path: OfTheScript[PathText | None] = option(
-        None, "Student: hub name or local Hugging Face folder; a constructor argument, no field for HfArgumentParser."
-    )
+    model_name_or_path: OfTheScript[PathText | None] = option(None, "Student: hub name or local Hugging Face folder.")
     teacher_model_name_or_path: PathText | None = option(None, "Teacher: hub name or local Hugging Face folder.")
     attn_implementation: OfTheScript[str] = option(
         "sdpa", "Attention kernel of student and teacher.", choices=ATTENTION_KERNELS

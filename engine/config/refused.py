@@ -43,17 +43,19 @@ class RefusedFields:
     truncation_mode: str = option(
         "keep_start", "Completions are cut at their end to fit `max_length`, prompts never: cut rows beforehand."
     )
-    train_sampling_strategy: str = option("random", "Each pass over the rows has a random order: use `data_seed`.")
+    train_sampling_strategy: str = option(
+        "random", "Each pass over the rows has a random order: remove it; `data_seed` chooses the order."
+    )
     ignore_data_skip: bool = option(
         False, "A resumed run goes on in its rows: use `allow_data_change` to begin the data anew."
     )
     restore_callback_states_from_checkpoint: bool = option(
         False, "Callbacks begin anew: let yours write its state on `on_save`, and read it on `on_train_begin`."
     )
-    label_names: list[str] | str | None = option(
+    label_names: list[str] | None = option(
         None, "What is learnt follows from the columns: rename yours as engine/data/README.md says."
     )
-    include_for_metrics: list[str] | str | None = option(None, _METRICS)
+    include_for_metrics: list[str] | None = option(None, _METRICS)
     batch_eval_metrics: bool = option(False, _METRICS)
     trackio_space_id: str | None = option(None, _TRACKIO)
     trackio_bucket_id: str | None = option(None, _TRACKIO)
