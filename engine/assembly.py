@@ -31,6 +31,7 @@ from engine.evaluation import Evaluator
 from engine.inputs import Inputs, Read, Reader, stop_ids_of
 from engine.loss.objective import Objective
 from engine.models.student import Student, build_student
+from engine.publish.hub import Hub
 from engine.rollout.rollout import Rollout
 from engine.rollout.sampling import Sampling
 from engine.teacher.interface import Teacher
@@ -60,6 +61,7 @@ class Run:
     data: StepData | None
     evaluator: Evaluator | None
     checkpoints: Checkpoints
+    hub: Hub
     resume_from: Resumption | None
     started: str
     bad_steps: BadSteps
@@ -87,6 +89,9 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     resume_from = find_resumption(config) if train else None
     if train:
         run_folder.check_start(config, resume_from.path if resume_from else None)
+    hub = Hub(config, rank == 0)
+    if train and config.push_to_hub:
+        hub.open()
     if resume_from is not None and resume_from.global_batch_size is not None:
         config = config.with_global_batch(resume_from.global_batch_size)
     checkpoints = Checkpoints(config)
@@ -115,7 +120,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     partitions.bound_waits(config.timeout_s)
     return Run(
         config, rank, world_size, device, read.tokenizer, student, parts, teacher, objective, rollout, read.data,
-        evaluator, checkpoints, resume_from, started, BadSteps(config, read.tokenizer, rank, device),
+        evaluator, checkpoints, hub, resume_from, started, BadSteps(config, read.tokenizer, rank, device),
         Meter(student.model, teacher.model), read.num_steps, settings,
     )  # fmt: skip
 

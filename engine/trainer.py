@@ -24,8 +24,8 @@ from engine.data.batch import PackedBatch, Sample, pack
 from engine.evaluation import Evaluation
 from engine.inputs import Inputs
 from engine.loss.values import TokenValues
-from engine.models.export import export_student
 from engine.paths import expand_path
+from engine.publication import Publication
 from engine.tracking.bad_steps import sample_rows
 from engine.tracking.tracker import Tracker
 
@@ -83,6 +83,7 @@ class GKDTrainer:
         self.is_last = False  # whether the step at hand is the run's last, by number or as a callback wished
         self._evaluated_step: int | None = None
         self.callbacks = Callbacks(callbacks, self.run)
+        self.publication = Publication(self.run)
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, or a class to make one of."""
@@ -142,6 +143,7 @@ class GKDTrainer:
         if evaluates:
             metrics |= self._evaluate()
         self.tracker.log(step, metrics, is_wanted=due.log)
+        self.publication.note(step, metrics)
         saves = self._save_is_due(due)
         if saves:
             self.save_checkpoint()
@@ -168,13 +170,19 @@ class GKDTrainer:
         run, step = self.run, self.state.step
         if run.evaluator:
             if self._evaluated_step != step:
-                self.tracker.log(step, self._evaluate())
+                metrics = self._evaluate()
+                self.tracker.log(step, metrics)
+                self.publication.note(step, metrics)
             due = self._agree()
             if due.save and due.stop != MAX_MINUTES and run.checkpoints.saved_step != step:
                 self.save_checkpoint()
             if self.stopped_by is not None:
                 return
-        export_student(run.student.model, run.parts, Path(self.config.output_dir) / "final")
+        final = Path(self.config.output_dir) / "final"
+        self.publication.export(final)
+        if self.config.push_to_hub:
+            self.callbacks.tell("on_push_begin")
+            self.publication.push(final, "End of training")
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -282,4 +290,6 @@ class GKDTrainer:
         self.watch.note_save()
         if path is not None:
             self.callbacks.tell("on_save")
+            if self.stopped_by is None and not self.is_last and self.publication.push_checkpoint(self.state.step):
+                self.callbacks.tell("on_push_begin")
         return path

@@ -23,6 +23,8 @@ CITATION = """@inproceedings{agarwal2024onpolicy,
     year      = {2024},
 }"""
 
+OURS = "<!-- Written by gkd-engine at each export. Take this line out to keep a text of your own. -->"
+
 # What decides about the result; nothing that names a place.
 SETTINGS = (
     "lmbda", "beta", "divergence", "skew_alpha", "temperature", "seq_kd", "sft_weight", "loss_normalization",
@@ -90,6 +92,7 @@ def build_card(
     settings |= {"optimizer steps": origin.num_steps, "sequences per step": origin.global_batch}
     shown = {label: f"{figures[metric]:.4f}" for metric, label in FIGURES.items() if metric in figures}
     sections = [
+        OURS,
         f"# {name}",
         (link(student) if student else "A local model")
         + f", distilled from {link(teacher) if teacher else 'a local model'}"
@@ -106,6 +109,11 @@ def build_card(
         f"```bibtex\n{CITATION}\n```",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def is_of_a_user(read_me: Path) -> bool:
+    """Whether somebody wrote the file, or changed it."""
+    return read_me.is_file() and OURS not in read_me.read_text(encoding="utf-8")
 
 
 def hub_name(name: str | None) -> str | None:

@@ -96,7 +96,7 @@ def test_without_saving_or_a_test_split_there_is_neither(ranks, inputs, tmp_path
     assert metrics_of(tmp_path / "off") == metrics_of(tmp_path / "run")
 
 
-@pytest.mark.parametrize("broken", ["engine.evaluation.Evaluator.run", "engine.trainer.export_student"])
+@pytest.mark.parametrize("broken", ["engine.evaluation.Evaluator.run", "engine.publication.export_student"])
 def test_what_breaks_after_the_last_step_costs_no_step(ranks, inputs, finished, tmp_path, broken):
     fields = inputs | {"output_dir": str(tmp_path / "run")}
     ranks(2).run(break_off, fields, broken)

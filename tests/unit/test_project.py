@@ -51,7 +51,7 @@ ROOMS = (
     {"teacher", "rollout", "publish"},
     {"evaluation", "check", "inputs"},
     {"assembly"},
-    {"callbacks"},
+    {"callbacks", "publication"},
     {"trainer"},
     {"__init__", "bench"},
     {"cli"},

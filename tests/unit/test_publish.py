@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from engine.config import GKDConfig
 from engine.publish import hub as hub_module
-from engine.publish.card import Origin, ReadMe, build_card, hub_name
+from engine.publish.card import OURS, Origin, ReadMe, build_card, hub_name, is_of_a_user
 from engine.publish.hub import Hub
 from tests.library.hub import TOKEN, fake_hub
 from tests.library.launch import free_port
@@ -182,6 +182,15 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
     loaded = card(tmp_path, Origin(*map(str, paths), 30, 8))
     assert loaded.data.base_model is None and loaded.data.datasets is None and loaded.data.eval_results is None
     assert str(tmp_path) not in loaded.content
+
+
+def test_a_card_that_somebody_changed_is_theirs(tmp_path):
+    path = tmp_path / "README.md"
+    assert not is_of_a_user(path)
+    card(tmp_path, Origin("org/small", None, None, 1, 1))
+    assert not is_of_a_user(path)
+    path.write_text(path.read_text().replace(OURS, "") + "more\n")
+    assert is_of_a_user(path)
 
 
 @pytest.mark.parametrize("name", ["./a", "/path/to", "a/b/c", "~/a", "../a", "", None])
