@@ -12,20 +12,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config import GKDConfig
+from engine.config.accepted import AcceptedFields
+from engine.config.options import options_of
 from engine.zero.settings import read_deepspeed
 
 # Where a run lies, what it shows, how it is spread over devices: they change no result beyond rounding. The rows
 # themselves are compared, not their names; the global batch has its own check (engine/checkpoint/elastic.py).
 WITHOUT_A_WORD = frozenset(
-    """output_dir overwrite_output_dir run_name report_to wandb_project wandb_entity wandb_group wandb_tags wandb_mode
-    logging_steps log_completions_steps eval_steps eval_on_start eval_max_samples save_steps save_minutes
-    save_total_limit save_on_error max_minutes resume_from_checkpoint allow_data_change timeout_s prepare_timeout_s
-    dataset_name dataset_config dataset_train_split dataset_test_split trust_remote_code attn_implementation
-    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps global_batch_size
-    gradient_checkpointing generation_rows generation_placement vocab_parallel_size loss_chunk_bytes compile_loss
-    teacher_placement teacher_tp_size teacher_deepspeed teacher_offload deepspeed""".split()
-)
-ORDER_OF_ROWS = frozenset({"seed", "max_samples", "dataset_streaming"})
+    """output_dir overwrite_output_dir run_name report_to project wandb_project wandb_entity wandb_group wandb_tags
+    wandb_mode logging_strategy logging_steps logging_first_step log_completions_steps disable_tqdm log_level
+    log_level_replica eval_strategy eval_steps eval_delay eval_on_start eval_max_samples save_strategy save_steps
+    save_minutes save_total_limit save_only_model save_on_error max_minutes resume_from_checkpoint allow_data_change
+    timeout_s prepare_timeout_s do_train do_eval do_predict push_to_hub hub_model_id hub_strategy hub_private_repo
+    hub_always_push hub_revision dataset_name dataset_config dataset_train_split dataset_test_split dataset_num_proc
+    trust_remote_code attn_implementation per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps global_batch_size gradient_checkpointing gradient_checkpointing_kwargs generation_rows
+    generation_placement vocab_parallel_size loss_chunk_bytes compile_loss teacher_placement teacher_tp_size
+    teacher_deepspeed teacher_offload deepspeed use_cpu""".split()
+) | frozenset(options_of(AcceptedFields))
+ORDER_OF_ROWS = frozenset({"seed", "data_seed", "max_samples", "dataset_streaming"})
 OF_THE_CHECKPOINT = frozenset({"model_name_or_path"})
 REMEDY = "Take back what was, or --allow_data_change begins the data anew"
 

@@ -9,10 +9,22 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
-LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "detail", "passive")
+# transformers' names; `passive` is whatever its own logger has.
+LOG_LEVELS: Mapping[str, int | None] = MappingProxyType(
+    {
+        "detail": logging.DEBUG,
+        "debug": logging.DEBUG,
+        "info": logging.INFO,
+        "warning": logging.WARNING,
+        "error": logging.ERROR,
+        "critical": logging.CRITICAL,
+        "passive": None,
+    }
+)
 
 
 class Environment:
@@ -87,10 +99,8 @@ class Environment:
         """The level of `logging` that `log_level` names, or `log_level_replica` where `should_log` is false."""
         from transformers.utils import logging as transformers_logging
 
-        name = self.log_level if self.should_log else self.log_level_replica
-        if name == "passive":
-            return transformers_logging.get_verbosity()
-        return logging.DEBUG if name == "detail" else logging.getLevelNamesMapping()[name.upper()]
+        level = LOG_LEVELS[self.log_level if self.should_log else self.log_level_replica]
+        return transformers_logging.get_verbosity() if level is None else level
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps over which the learning rate rises, of a run of so many."""

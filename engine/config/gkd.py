@@ -21,6 +21,7 @@ from engine.config.renamed import RENAMED, RenamedFields
 from engine.config.run import (
     TRACKERS,
     EvaluationFields,
+    FolderFields,
     HubFields,
     LoggingFields,
     RunFields,
@@ -37,7 +38,6 @@ NEVER_SAVED = frozenset({"local_rank", "hub_token", *RENAMED, "push_to_hub_organ
 # A dataclass takes its fields from the last base to the first.
 @dataclass(kw_only=True, repr=False)
 class GKDConfig(
-    Environment,
     RefusedFields,
     AcceptedFields,
     RenamedFields,
@@ -51,6 +51,8 @@ class GKDConfig(
     AlgorithmFields,
     DataFields,
     ModelFields,
+    FolderFields,
+    Environment,
 ):
     """Everything a run depends on, apart from the DeepSpeed JSON that `deepspeed` names.
 
@@ -64,7 +66,7 @@ class GKDConfig(
 
     def __new__(cls, *values: Any, **fields: Any) -> GKDConfig:
         """Looks at the names alone, which Python would call a TypeError, one at a time."""
-        unknown = [f"unknown field `{name}`{nearest(name)}" for name in fields if name not in cls.options()]
+        unknown = [f"unknown field `{name}`{nearest(name, cls)}" for name in fields if name not in cls.options()]
         if not unknown:
             return super().__new__(cls)
         try:
@@ -97,6 +99,8 @@ class GKDConfig(
         """Turn each value into one of its type; what is wrong, by name of the field."""
         problems = {}
         for name, option in self.options().items():
+            if name not in GKDConfig.options():
+                continue  # a field that a script's own class adds
             value = plain(getattr(self, name))
             try:
                 value = _read_value(option, value)
@@ -267,9 +271,9 @@ def chosen_trackers(given: list[str] | None) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != "none"]
 
 
-def nearest(name: Any) -> str:
+def nearest(name: Any, kind: type[GKDConfig] = GKDConfig) -> str:
     """What the user may have meant by an unknown field."""
-    near = difflib.get_close_matches(str(name), GKDConfig.options(), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), kind.options(), n=1, cutoff=0.5)
     return f"; did you mean `{near[0]}`?" if near else "; `python -m engine train --help` lists the fields"
 
 

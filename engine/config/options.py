@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 IS_PATH = "a path: `~` and `${VAR}` are filled in"
 NONE_IS_DEFAULT = "None stands for the default"
@@ -91,18 +91,24 @@ def section_title(section: type) -> str:
 
 @functools.cache
 def options_of(kind: Any) -> Mapping[str, Option]:
-    """Every option of a dataclass by name, in the order of the sections, those of the script included."""
+    """Every option of a dataclass by name, in the order of the sections, those of the script included.
+
+    Fields that a script's own subclass adds are in it, whatever their type, and need no sentence.
+    """
     hints = typing.get_type_hints(kind, include_extras=True)
-    sections = {name: section for section in kind.__mro__ for name in vars(section).get("__annotations__", ())}
+    classes = reversed(kind.__mro__)
+    sections = {name: section for section in classes for name in vars(section).get("__annotations__", ())}
     options = {}
     for name, item in kind.__dataclass_fields__.items():
         hint, of_script = hints[name], isinstance(hints[name], InitVar)
+        if hint is ClassVar or typing.get_origin(hint) is ClassVar:
+            continue
         marks = _marks(hint.type if of_script else hint)
         plain = _plain(hint.type if of_script else hint)
         literals = [kind for kind in _members(plain) if typing.get_origin(kind) is typing.Literal]
         choices = item.metadata.get("choices", typing.get_args(literals[0]) if literals else None)
         options[name] = Option(
-            name, plain, item.metadata["help"].replace("%%", "%"), sections[name], choices, IS_PATH in marks,
+            name, plain, item.metadata.get("help", "").replace("%%", "%"), sections[name], choices, IS_PATH in marks,
             next((mark for mark in marks if isinstance(mark, Words)), None), NONE_IS_DEFAULT in marks, of_script,
             not item.repr, item,
         )  # fmt: skip

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from engine.config.environment import LOG_LEVELS
 from engine.config.options import Names, OrDefault, PathText, Words, option
 
 TRACKERS = ("wandb", "tensorboard", "all", "none")
+TRANSFORMERS_PROJECT = "huggingface"  # its default, which names nothing here
 STRATEGIES = ("no", "steps", "epoch")
 HUB_STRATEGIES = ("end", "every_save")
 
@@ -19,9 +21,10 @@ class UnsetStrategy(str):
         return self  # so that argparse, which passes defaults through `str`, leaves it what it is
 
 
+# A section of its own, since the first of all fields stays the first where a script's own class has other defaults.
 @dataclass(kw_only=True)
-class RunFields:
-    """Run."""
+class FolderFields:
+    """Run folder."""
 
     output_dir: OrDefault[PathText] = field(
         default="trainer_output", kw_only=False, metadata={"help": "Run folder: metrics, checkpoints, export."}
@@ -36,6 +39,12 @@ class RunFields:
         False,
         "On resume, take other rows or another seed than the checkpoint's, and begin the data anew; else an error.",
     )
+
+
+@dataclass(kw_only=True)
+class RunFields:
+    """Run."""
+
     max_minutes: float | None = option(
         None, "Minutes of wall-clock time after which the run saves and ends; unset: no limit."
     )
@@ -59,13 +68,17 @@ class LoggingFields:
     )
     logging_first_step: bool = option(False, "Print and log the first step as well.")
     disable_tqdm: bool | None = option(None, "No progress bar in a terminal but plain lines; unset: a bar.")
-    log_level: str = option("passive", "What `args.get_process_log_level()` tells a script on a host's first rank.")
-    log_level_replica: str = option("warning", "The same on the other ranks.")
+    log_level: str = option(
+        "passive",
+        "What `args.get_process_log_level()` tells a script on a host's first rank.",
+        choices=tuple(LOG_LEVELS),
+    )
+    log_level_replica: str = option("warning", "The same on the other ranks.", choices=tuple(LOG_LEVELS))
     report_to: Names = option(
         "wandb", "Trackers beside `metrics.jsonl`, which is always written: one, several, `all` or `none`."
     )
     run_name: str | None = option(None, "Name of the run in trackers; unset: WANDB_NAME, else the run folder's name.")
-    project: str = option("huggingface", "The name that transformers has for `wandb_project`, which wins.")
+    project: str = option(TRANSFORMERS_PROJECT, "The name that transformers has for `wandb_project`, which wins.")
     wandb_project: str | None = option(None, "wandb project; unset: WANDB_PROJECT, else `gkd-engine`.")
     wandb_entity: str | None = option(None, "wandb team or user; unset: WANDB_ENTITY.")
     wandb_group: str | None = option(None, "wandb run group; unset: WANDB_RUN_GROUP.")
@@ -75,6 +88,11 @@ class LoggingFields:
         "`auto` is what WANDB_DISABLED or WANDB_MODE says, else online where a key is set, else offline.",
         choices=("auto", "online", "offline", "disabled"),
     )
+
+    @property
+    def named_project(self) -> str | None:
+        """The project that `wandb_project` or `project` names."""
+        return self.wandb_project or (self.project if self.project != TRANSFORMERS_PROJECT else None)
 
 
 @dataclass(kw_only=True)

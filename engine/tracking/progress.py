@@ -28,12 +28,12 @@ def is_line_due(step: int, first_step: int, total_steps: int, logging_steps: flo
 class Progress:
     """Shows steps `first_step + 1` to `total_steps`; lines come where `is_line_due`."""
 
-    def __init__(self, first_step: int, total_steps: int, logging_steps: float) -> None:
+    def __init__(self, first_step: int, total_steps: int, logging_steps: float, has_bar: bool = True) -> None:
         self.first_step, self.total_steps, self.logging_steps = first_step, total_steps, logging_steps
         self._start_s = time.perf_counter()
         self._bar: tqdm | None = None
         self._out = lines_out()
-        if self._out.isatty():
+        if has_bar and self._out.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", file=self._out, dynamic_ncols=True)
 
     def show(self, step: int, metrics: Mapping[str, Any], is_wanted: bool = False) -> None:

@@ -110,7 +110,7 @@ class Tracker:
         self._first_step = self._last_step = step
         self.rewind(step)
         if self.is_main:
-            self._progress = Progress(step, total_steps, self.config.logging_steps)
+            self._progress = Progress(step, total_steps, self.config.logging_steps, not self.config.disable_tqdm)
 
     def rewind(self, step: int) -> None:
         """Drop what a run that got further than `step` has written, so that no step is there twice.
@@ -222,7 +222,7 @@ class WandbBackend:
 
         config = self.config
         return wandb.init(
-            project=config.wandb_project or os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
+            project=config.named_project or os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
             entity=config.wandb_entity or os.environ.get("WANDB_ENTITY"),
             group=config.wandb_group or os.environ.get("WANDB_RUN_GROUP"),
             tags=config.wandb_tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag] or None,

@@ -126,8 +126,8 @@ def test_paths_are_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.delenv("NOWHERE", raising=False)
     names = [name for name, option in GKDConfig.options().items() if option.is_path]
-    assert names == ["model_name_or_path", "teacher_model_name_or_path", "dataset_name", "chat_template_path",
-                     "deepspeed", "teacher_deepspeed", "output_dir", "resume_from_checkpoint"]  # fmt: skip
+    assert names == ["output_dir", "resume_from_checkpoint", "model_name_or_path", "teacher_model_name_or_path",
+                     "dataset_name", "chat_template_path", "deepspeed", "teacher_deepspeed"]  # fmt: skip
     for name in names:
         assert getattr(GKDConfig(**{name: "~/x"}), name) == f"{tmp_path}/x"
         assert getattr(GKDConfig(**{name: "${SCRATCH}/x"}), name) == f"{tmp_path}/scratch/x"

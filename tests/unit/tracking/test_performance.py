@@ -78,3 +78,6 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     text = terminal.getvalue()
     assert "6/6" in text and "loss 0.5000" in text and "step 4/6 | eval/perplexity 3.5000" in text
     assert "step 3/6" not in text  # the bar says it
+    lines = Progress(first_step=2, total_steps=6, logging_steps=1, has_bar=False)
+    lines.show(3, {"train/loss": 0.5})
+    assert "step 3/6 | loss 0.5000" in terminal.getvalue()
