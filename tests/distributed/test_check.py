@@ -66,6 +66,22 @@ def test_rank_0_goes_first_then_one_rank_of_each_host(ranks, tmp_path):
     assert lines.index("1 in") > lines.index("0 out")
 
 
+def main_first(folder: Path) -> bool:
+    """Whether the file was there when this rank's turn came; rank 0 writes it late."""
+    with GKDConfig().main_process_first():
+        was_there = (folder / "rows").exists()
+        if dist.get_rank() == 0:
+            time.sleep(0.5)
+            (folder / "rows").touch()
+    with pytest.raises(ZeroDivisionError), GKDConfig().main_process_first(local=False):
+        raise ZeroDivisionError  # the others have their turn all the same
+    return was_there
+
+
+def test_the_main_process_of_a_script_goes_first(ranks, tmp_path):
+    assert ranks(2).run(main_first, tmp_path) == [False, True]
+
+
 def wait_in_vain() -> str | None:
     """Rank 0 takes longer than rank 1 is ready to wait."""
     with hosts.host_by_host(timeout_s=30):
@@ -123,6 +139,7 @@ def test_every_group_has_the_runs_timeout(ranks):
 
 
 def unlike() -> str:
+    check.same_setup(GKDConfig(local_rank=dist.get_rank(), hub_token=str(dist.get_rank())), writes=False)
     config = GKDConfig(learning_rate=1e-5 * (1 + dist.get_rank()))
     with pytest.raises(ValueError) as raised:
         check.same_setup(config, writes=False)
