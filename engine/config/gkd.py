@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
-import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from engine.config.accepted import AcceptedFields
@@ -16,10 +15,10 @@ from engine.config.checks import STEPS, accepted_sentence, broken_rules, is_set,
 from engine.config.environment import Environment
 from engine.config.models import DataFields, ModelFields
 from engine.config.options import Option, options_of
+from engine.config.reading import read_value
 from engine.config.refused import RefusedFields
 from engine.config.renamed import RENAMED, RenamedFields
 from engine.config.run import (
-    TRACKERS,
     EvaluationFields,
     FolderFields,
     HubFields,
@@ -28,15 +27,14 @@ from engine.config.run import (
     UnsetStrategy,
 )
 from engine.config.training import TrainingFields
-from engine.paths import expand_path
-from engine.values import as_bool, coerce, plain
+from engine.values import plain
 
 # What a file of a run never holds: what is the process's own, and secrets.
 NEVER_SAVED = frozenset({"local_rank", "hub_token", *RENAMED, "push_to_hub_organization"})
 
 
 # A dataclass takes its fields from the last base to the first.
-@dataclass(kw_only=True, repr=False)
+@dataclasses.dataclass(kw_only=True, repr=False)
 class GKDConfig(
     RefusedFields,
     AcceptedFields,
@@ -103,7 +101,7 @@ class GKDConfig(
                 continue  # a field that a script's own class adds
             value = plain(getattr(self, name))
             try:
-                value = _read_value(option, value)
+                value = read_value(option, value)
             except ValueError as error:
                 if option.section is not RefusedFields:  # whose own sentence is the answer, whatever it is
                     problems[name] = str(error)
@@ -127,7 +125,7 @@ class GKDConfig(
                 problems.append(f"{old} and {new} are one field, and got {shown}: give {new} alone")
                 continue
             try:
-                setattr(self, new, _read_value(options[new], given))
+                setattr(self, new, read_value(options[new], given))
             except ValueError as error:
                 problems.append(f"{old}: {error}")
             setattr(self, old, None)
@@ -189,6 +187,14 @@ class GKDConfig(
         changed.global_batch_size = size
         return changed
 
+    def checked_copy(self) -> GKDConfig:
+        """A copy in which what a script has set since, as `args.model_init_kwargs = ...`, is read and checked as well.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        return dataclasses.replace(self)
+
     def to_dict(self) -> dict[str, Any]:
         """What gives the same configuration again, as plain values: `GKDConfig(**config.to_dict())`.
 
@@ -223,52 +229,6 @@ class GKDConfig(
             if not option.is_secret and getattr(self, name) != option.default
         )
         return f"GKDConfig({', '.join(shown)})"
-
-
-def _read_value(option: Option, value: Any) -> Any:
-    """A value as the field's type has it. ValueError where it cannot be that, or is none of the field's choices."""
-    name = option.name
-    if value is None and option.none_is_default:
-        return option.default
-    if name == "max_length" and value is None:
-        raise ValueError("max_length=None: must be a number of tokens, which bounds the memory of a step")
-    if option.words is not None and as_bool(value) is not None:
-        value = option.words.true if as_bool(value) else option.words.false
-    if not isinstance(value, UnsetStrategy):
-        value = coerce(name, value, option.hint)
-    if isinstance(value, str) and option.is_object:
-        raise ValueError(f"{name}={value!r}: must be of type dict, or JSON text of one")
-    for one in value if isinstance(value, list) else [value]:
-        if option.choices is not None and one is not None and one not in option.choices:
-            raise ValueError(f"{name}={one!r}: must be one of {', '.join(map(str, option.choices))}")
-    if option.is_path and isinstance(value, str):
-        value = expand_path(value, name)
-    if name == "report_to":
-        return chosen_trackers(value)
-    if name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-        return _new_names(value)
-    return value
-
-
-def _new_names(values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Arguments of `from_pretrained`, where `torch_dtype` is called `dtype` now."""
-    if values is None or "torch_dtype" not in values:
-        return values
-    return {"dtype": values["torch_dtype"]} | {key: value for key, value in values.items() if key != "torch_dtype"}
-
-
-def chosen_trackers(given: list[str] | None) -> list[str]:
-    """The trackers that `report_to` names: none of them for `none`, every one that is installed for `all`."""
-    names = given or ["none"]
-    for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"report_to={name!r}: must be one of {', '.join(TRACKERS)}")
-    special = [name for name in names if name in ("all", "none")]
-    if special and len(set(names)) > 1:
-        raise ValueError(f"report_to={names!r}: `{special[0]}` stands alone")
-    if names == ["all"]:
-        return [name for name in ("wandb", "tensorboard") if importlib.util.find_spec(name) is not None]
-    return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 def nearest(name: Any, kind: type[GKDConfig] = GKDConfig) -> str:

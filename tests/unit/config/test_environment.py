@@ -46,6 +46,18 @@ def test_a_process_alone(alone):
         pass
 
 
+def test_what_a_script_sets_afterwards_is_read_as_well():
+    args = GKDConfig("out", dataset_name="rows")
+    args.teacher_model_init_kwargs = {"torch_dtype": torch.bfloat16, "revision": "main"}
+    args.max_seq_length = "512"
+    read = args.checked_copy()
+    assert read.teacher_model_init_kwargs == {"dtype": "bfloat16", "revision": "main"}
+    assert (read.max_length, read.dataset_name, args.max_length) == (512, "rows", 1024)
+    args.lmbda = 2
+    with pytest.raises(ValueError, match="lmbda=2"):
+        args.checked_copy()
+
+
 def test_records_for_scripts(alone):
     args = GKDConfig(model_init_kwargs={"torch_dtype": torch.bfloat16}, report_to=["wandb", "tensorboard"])
     assert args.model_init_kwargs == {"dtype": "bfloat16"}
