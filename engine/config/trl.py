@@ -24,7 +24,7 @@ SAME = frozenset(
     save_steps save_total_limit load_best_model_at_end greater_is_better full_determinism seed data_seed use_cpu
     do_train do_eval do_predict log_level log_level_replica push_to_hub hub_token hub_private_repo hub_model_id
     hub_always_push hub_revision trust_remote_code router_aux_loss_coef dataset_text_field chat_template_path
-    eos_token temperature lmbda beta max_new_tokens disable_dropout seq_kd""".split()
+    eos_token lmbda beta max_new_tokens disable_dropout seq_kd""".split()
 )
 MAPPED: Mapping[str, str] = MappingProxyType(
     {
@@ -35,6 +35,7 @@ MAPPED: Mapping[str, str] = MappingProxyType(
         "optim_args": "Arguments of that optimizer, as `name=value,name=value`.",
         "label_smoothing_factor": "Smooths the reference tokens' term that `sft_weight` adds; the divergence has no "
         "labels.",
+        "temperature": "That of sampling, as in TRL; divides both logits in the loss as well, as in the paper.",
         "bf16": "bfloat16 over fp32 master weights, also on CPU; false computes in fp32.",
         "disable_tqdm": "Plain lines in place of the bar, which is a terminal's alone.",
         "report_to": "wandb unless told otherwise; wandb, tensorboard, several, `all` or `none`. `metrics.jsonl` is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from engine import check
+from engine.assembly import assemble
 from engine.cluster import hosts
 from engine.cluster.agreement import together
 from engine.config import GKDConfig
+from engine.inputs import Inputs
 
 
 def one_fails() -> str:
@@ -149,3 +152,21 @@ def unlike() -> str:
 def test_configurations_that_differ_are_an_error_on_all_ranks(ranks):
     (text,) = set(ranks(2).run(unlike))
     assert text.startswith("the ranks are not alike: configuration differs: ")
+
+
+def lines_at_the_start(folder: Path) -> list[str]:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("engine.assembly").addHandler(handler)
+    config = GKDConfig(str(folder), packing=True, dataloader_num_workers=4, report_to="none")
+    with pytest.raises(ValueError, match="model_name_or_path is not set"):
+        assemble(config, Inputs())
+    logging.getLogger("engine.assembly").removeHandler(handler)
+    return [record.getMessage() for record in records]
+
+
+def test_fields_that_change_nothing_are_told_once_by_rank_0(ranks, tmp_path):
+    (line,), others = ranks(2).run(lines_at_the_start, tmp_path)
+    assert line.startswith("these fields change nothing here: packing (") and "; dataloader_num_workers (" in line
+    assert others == []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import HfArgumentParser
+import transformers
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from engine.config import GKDConfig, config_from_dict
@@ -107,3 +110,15 @@ class Flags(GKDConfig):
 def test_its_flags():
     (args,) = HfArgumentParser(Flags).parse_args_into_dataclasses(["--num_rows", "3"], look_for_args_file=False)
     assert type(args) is Flags and args.num_rows == 3
+
+
+ASKED = ("trainer_callback.py", "integrations/integration_utils.py")
+
+
+def test_what_transformers_own_callbacks_ask_for_is_there():
+    """Every `args.name` in their files that is transformers' own; `_n_gpu` is none of a script's business."""
+    folder = Path(transformers.__file__).parent
+    names = {name for file in ASKED for name in re.findall(r"\bargs\.([a-z]\w+)", (folder / file).read_text())}
+    names &= set(dir(TrainingArguments)) | {item.name for item in fields(TrainingArguments)}
+    assert len(names) > 20
+    assert {name for name in names if name not in GKDConfig.options() and name not in dir(GKDConfig)} == set()
