@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -66,7 +65,11 @@ class GKDTrainer:
         callbacks: Iterable[Any] | None = None,
     ) -> None:
         callbacks = [check_callback(callback) for callback in callbacks or ()]
-        config = copy.deepcopy(args) if args is not None else GKDConfig()  # the caller's stays as it is
+        if not isinstance(args, GKDConfig | None):
+            raise ValueError(
+                f"args: {type(args).__module__}.{type(args).__name__} is not engine's GKDConfig: import both"
+            )
+        config = args.checked_copy() if args is not None else GKDConfig()  # the caller's stays as it is
         if isinstance(model, str):
             config.model_name_or_path, model = expand_path(model, "model"), None
         if isinstance(teacher_model, str):

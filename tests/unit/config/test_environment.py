@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from engine.config import GKDConfig, config_from_dict
+from engine.trainer import GKDTrainer
 
 
 @pytest.fixture
@@ -122,3 +123,11 @@ def test_what_transformers_own_callbacks_ask_for_is_there():
     names &= set(dir(TrainingArguments)) | {item.name for item in fields(TrainingArguments)}
     assert len(names) > 20
     assert {name for name in names if name not in GKDConfig.options() and name not in dir(GKDConfig)} == set()
+
+
+def test_arguments_of_another_library_are_no_configuration(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(
+        ValueError, match="args: transformers.*TrainingArguments is not engine's GKDConfig: import both"
+    ):
+        GKDTrainer(args=args)
