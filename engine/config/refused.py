@@ -74,6 +74,7 @@ class RefusedFields:
         None, "The student is partitioned by ZeRO-3: remove it; `teacher_tp_size` is for the teacher."
     )
     tpu_num_cores: int | None = option(None, "TPUs are not supported: remove it.")
+    tpu_metrics_debug: bool | None = option(None, "TPUs are not supported: remove it.")
     adafactor: bool | None = option(None, "Under ZeRO-3 Adafactor sees no matrices to factor: use `optim`.")
 
 
@@ -83,5 +84,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "loss_type": ("chunked_nll",),  # its memory, which the loss never needs
         "train_sampling_strategy": ("group_by_length",),  # its padding, which there is not
         "past_index": (-1,),
+        "trackio_space_id": ("trackio",),  # the default of transformers 4.57
     }
 )
