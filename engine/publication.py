@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.assembly import Run
+from engine.cluster.agreement import all_or_none
 from engine.errors import CheckpointError
-from engine.models.export import export_student
+from engine.models.export import export_student, move_model
 from engine.publish.card import Origin, ReadMe, build_card, is_of_a_user
 from engine.tracking.tracker import package_versions
 
 logger = logging.getLogger(__name__)
 
+SAVING = ".saving_model"  # in a folder that a model is saved into
 WAITING = ".hub_step_"  # in the run folder: exports on their way to the hub
 
 
@@ -60,8 +62,23 @@ class Publication:
         Raises:
             CheckpointError: where it cannot be written.
         """
-        card = [] if is_of_a_user(out / "README.md") else [self.card()]
+        self._export(out, is_of_a_user(out / "README.md"))
+
+    def _export(self, out: Path, has_card: bool) -> None:
+        card = [] if has_card else [self.card()]
         export_student(self.run.student.model, [*self.run.parts, *card], out)
+
+    def save(self, folder: Path) -> None:
+        """`export` into a folder that holds other things, such as checkpoints: file by file. All ranks must call.
+
+        Raises:
+            CheckpointError: where it cannot be written.
+        """
+        hidden = folder / SAVING
+        self._export(hidden, is_of_a_user(folder / "README.md"))
+        all_or_none(
+            f"{folder} cannot be written", folder, lambda: move_model(hidden, folder) if self.run.rank == 0 else None
+        )
 
     def push_checkpoint(self, step: int) -> bool:
         """Begin to push the student as it is at a checkpoint, where that is asked for. All ranks must call.

@@ -25,6 +25,7 @@ from engine.inputs import Inputs
 from engine.loss.values import TokenValues
 from engine.paths import expand_path
 from engine.publication import Publication
+from engine.scripting import Scripting
 from engine.tracking.bad_steps import sample_rows
 from engine.tracking.tracker import Tracker
 
@@ -34,7 +35,7 @@ VALUE_METRICS = {"divergence": "train/", "student_entropy": "train/", "nll": "tr
                  "top1_agreement": "train/", "teacher_entropy": "teacher/"}  # fmt: skip
 
 
-class GKDTrainer:
+class GKDTrainer(Scripting):
     """Distils a teacher into a student. The call signature is that of TRL's `GKDTrainer`.
 
     Args:
@@ -87,6 +88,7 @@ class GKDTrainer:
         self._evaluated_step: int | None = None
         self.callbacks = Callbacks(callbacks, self.run)
         self.publication = Publication(self.run)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, or a class to make one of."""

@@ -72,6 +72,19 @@ def beside(out: Path) -> Iterator[Path]:
         raise
 
 
+def move_model(source: Path, folder: Path) -> None:
+    """Move an export's files into a folder that stays where it is, in place of those of an earlier model."""
+    new = {path.name for path in source.iterdir()}
+    for old in folder.glob("model*.safetensors*"):
+        if old.name not in new:
+            old.unlink()
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
+    source.rmdir()
+
+
 def _gathered_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and whole value of every tensor of a checkpoint, parameters gathered one at a time."""
     for name, param in model.named_parameters():

@@ -58,7 +58,7 @@ class Hub:
         self._pushes: list[Push] = []
 
     def open(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository where it is not there yet. All ranks must call.
+        """Create the repository where it is not known to be there. All ranks must call.
 
         Raises:
             ValueError: where the hub refuses. One that cannot be reached is asked again at the next push.

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
-from tests.library.hub import TOKEN, FakeHub, fake_hub
-from tests.library.launch import free_port
+from tests.library.hub import TOKEN, FakeHub, fake_hub, taken_for_the_hub
 from tests.library.runs import assert_same_run, checkpoints_in, train, write_run_inputs
 
 
@@ -20,18 +18,8 @@ def inputs(tmp_path_factory) -> dict:
 
 def train_at(fields: dict, is_there: bool = True) -> FakeHub:
     """Train on this rank, with a hub in this process, or with none where it should be; what the hub has got then."""
-    constants = huggingface_hub.constants
-    with fake_hub() as hub:
-        url = hub.url if is_there else f"http://127.0.0.1:{free_port()}"
-        wanted = {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
-        before = {name: getattr(constants, name) for name in wanted}
-        for name, value in wanted.items():
-            setattr(constants, name, value)
-        try:
-            train(fields)
-        finally:
-            for name, value in before.items():
-                setattr(constants, name, value)
+    with fake_hub() as hub, taken_for_the_hub(hub.url if is_there else None):
+        train(fields)
     return hub
 
 

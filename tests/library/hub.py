@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
+
+from tests.library.launch import free_port
+
 TOKEN = "hf_" + "secret" * 5
 
 
@@ -118,6 +122,21 @@ def handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
+
+
+@contextmanager
+def taken_for_the_hub(url: str | None) -> Iterator[None]:
+    """Within, huggingface_hub of this process takes `url` for the hub; None: a port at which nobody is."""
+    constants = huggingface_hub.constants
+    wanted = {"ENDPOINT": url or f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    before = {name: getattr(constants, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(constants, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(constants, name, value)
 
 
 @contextmanager

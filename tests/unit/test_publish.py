@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 
-import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
@@ -13,25 +12,12 @@ from engine.config import GKDConfig
 from engine.publish import hub as hub_module
 from engine.publish.card import OURS, Origin, ReadMe, build_card, hub_name, is_of_a_user
 from engine.publish.hub import Hub
-from tests.library.hub import TOKEN, fake_hub
-from tests.library.launch import free_port
+from tests.library.hub import TOKEN, fake_hub, taken_for_the_hub
 
 
 @pytest.fixture
-def at(monkeypatch):
-    """Makes huggingface_hub of this process take a URL for the hub."""
-
-    def use(url: str) -> None:
-        for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-
-    return use
-
-
-@pytest.fixture
-def server(at):
-    with fake_hub() as server:
-        at(server.url)
+def server():
+    with fake_hub() as server, taken_for_the_hub(server.url):
         yield server
 
 
@@ -129,9 +115,9 @@ def assert_the_run_goes_on(tmp_path, model, caplog, reason: str) -> None:
     assert TOKEN not in caplog.text and (model / "config.json").is_file()
 
 
-def test_a_dead_port_costs_a_warning(at, model, tmp_path, caplog):
-    at(f"http://127.0.0.1:{free_port()}")
-    assert_the_run_goes_on(tmp_path, model, caplog, "ConnectError")
+def test_a_dead_port_costs_a_warning(model, tmp_path, caplog):
+    with taken_for_the_hub(None):
+        assert_the_run_goes_on(tmp_path, model, caplog, "ConnectError")
     assert "'x' was not pushed to run" in caplog.text
 
 
@@ -144,11 +130,10 @@ def test_a_hub_that_is_silent_is_not_waited_for(server, model, tmp_path, caplog,
     assert time.monotonic() - started_s < 5 and "1 pushes to run are given up" in caplog.text
 
 
-def test_a_hub_that_comes_back_gets_the_push(server, model, tmp_path, monkeypatch, at):
-    at(f"http://127.0.0.1:{free_port()}")
+def test_a_hub_that_comes_back_gets_the_push(server, model, tmp_path):
     hub = Hub(config(tmp_path), is_main=True)
-    hub.open()
-    at(server.url)
+    with taken_for_the_hub(None):
+        hub.open()
     hub.push(model, "x")
     assert hub.finish() is not None and hub.repo_id == "me/run"
 
