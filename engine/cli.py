@@ -184,12 +184,12 @@ def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def print_summary(trainer: Any) -> None:
     """Held-out figures and one answer, before and after, and where everything lies; of a stopped run, how to go on."""
-    if trainer.stopped_by is not None:
-        step, saved = trainer.state.step, trainer.run.checkpoints.saved_step
-        print(f"\nstopped after step {step} of {trainer.run.num_steps} by {trainer.stopped_by}; ", end="")
+    if trainer.loop.stopped_by is not None:
+        step, saved = trainer.loop.state.step, trainer.run.checkpoints.saved_step
+        print(f"\nstopped after step {step} of {trainer.run.num_steps} by {trainer.loop.stopped_by}; ", end="")
         print(f"checkpoint of step {saved}. Continue with --resume_from_checkpoint auto")
         return
-    evaluations, decode = trainer.evaluations, trainer.run.tokenizer.decode
+    evaluations, decode = trainer.loop.evaluations, trainer.run.tokenizer.decode
     if evaluations:
         before, after = evaluations[0], evaluations[-1]
         print(f"\n{'held-out':<26}{'before':>12}{'after':>12}")
@@ -204,7 +204,7 @@ def print_summary(trainer: Any) -> None:
             print(f"{label:<9}{decode(evaluation.answer_ids, skip_special_tokens=True)!r}")
     folder = Path(trainer.config.output_dir)
     print(f"\nrun folder:    {folder}\nmetrics:       {folder / 'metrics.jsonl'}")
-    for name, where in trainer.tracker.locations.items():
+    for name, where in trainer.loop.tracker.locations.items():
         print(f"{name + ' run:':<14} {where}")
     print(f"student (HF):  {folder / 'final'}")
 

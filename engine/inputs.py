@@ -47,6 +47,9 @@ class Inputs:
     train_dataset: Any = None
     eval_dataset: Any = None
     teacher_tokenizer: Any = None  # or a processor
+    formatting_func: Any = None  # makes a row of what a dataset has
+    optimizer: Any = None
+    scheduler: Any = None
 
 
 @dataclass

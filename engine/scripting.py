@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_pt_utils import log_metrics, save_metrics
 
 from engine.accelerator import Accelerator, GatheredStudent
@@ -41,6 +41,28 @@ class Scripting:
     def model(self) -> nn.Module:
         """The student, its parameters partitioned over the ranks."""
         return self.run.student.model
+
+    @property
+    def teacher_model(self) -> nn.Module:
+        """The teacher, in its placement."""
+        return self.run.teacher.model
+
+    @property
+    def state(self) -> TrainerState:
+        return self.callbacks.state
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's, around the student's partitions."""
+        return self.run.student.engine.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        return self.run.student.engine.lr_scheduler
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.run.tokenizer
 
     @property
     def processing_class(self) -> PreTrainedTokenizerBase:
@@ -77,7 +99,7 @@ class Scripting:
     def save_state(self) -> None:
         """Write `trainer_state.json` into the run folder, on rank 0."""
         if self.is_world_process_zero():
-            self.callbacks.state.save_to_json(str(Path(self.config.output_dir) / "trainer_state.json"))
+            self.state.save_to_json(str(Path(self.config.output_dir) / "trainer_state.json"))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

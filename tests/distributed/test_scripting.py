@@ -141,3 +141,18 @@ def test_a_push_that_fails_ends_no_script(ranks, inputs, tmp_path):
     fields = inputs | {"output_dir": str(tmp_path / "run"), "max_steps": 1}
     assert [answer[0] for answer in ranks(2).run(push, fields, False)] == [None, None]
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def arguments(fields: dict, given: dict) -> str:
+    with pytest.raises(ValueError) as raised:
+        GKDTrainer(args=GKDConfig(**fields), **given)
+    return str(raised.value)
+
+
+def test_what_cannot_be_used_is_refused_with_the_way_there_is(ranks, inputs):
+    given = {"data_collator": list, "compute_metrics": len, "peft_config": {}, "optimizers": (None, 1)}
+    (said,) = ranks(1).run(arguments, inputs, given)
+    assert [line.split("=:")[0] for line in said.splitlines()] == [
+        "data_collator", "compute_metrics", "peft_config", "optimizers"
+    ]  # fmt: skip
+    assert "`map` of the dataset" in said and "on_evaluate" in said

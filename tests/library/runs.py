@@ -50,17 +50,17 @@ def train(fields: dict) -> dict:
     config = GKDConfig(**fields)
     trainer = GKDTrainer(args=config)
     seen = []
-    original = trainer._next_samples
+    original = trainer.loop._next_samples
 
     def recorded():
         samples, metrics = original()
         seen.append([(s.index, s.input_ids) for batch in samples for s in batch])
         return samples, metrics
 
-    trainer._next_samples = recorded
+    trainer.loop._next_samples = recorded
     trainer.train()
     trainer.run.student.engine.destroy()
-    return {"seen": seen, "steps": trainer.state.step}
+    return {"seen": seen, "steps": trainer.loop.state.step}
 
 
 def read_lines(path: str | Path) -> list[dict]:

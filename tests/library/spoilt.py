@@ -19,7 +19,7 @@ def spoil(trainer: GKDTrainer, kind: str, steps: list[int], rank: int) -> None:
     def spoilt_signals(batches):
         nonlocal is_bad
         for micro, signal in enumerate(signals(batches)):
-            is_bad = trainer.state.step + 1 in steps and trainer.run.rank == rank and micro == 1
+            is_bad = trainer.loop.state.step + 1 in steps and trainer.run.rank == rank and micro == 1
             if is_bad and kind == "loss":
                 signal = dataclasses.replace(signal, hidden_NH=signal.hidden_NH * torch.nan)
             yield signal
@@ -38,7 +38,7 @@ def train_spoilt(fields: dict, kind: str, steps: list[int], rank: int) -> dict:
     trainer = GKDTrainer(args=GKDConfig(**fields))
     spoil(trainer, kind, steps, rank)
     weights, error = [], None
-    original = trainer._train_step
+    original = trainer.loop._train_step
 
     def recorded():
         try:
@@ -47,10 +47,10 @@ def train_spoilt(fields: dict, kind: str, steps: list[int], rank: int) -> dict:
             with trainer.run.student.gathered() as model:
                 weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().copy())
 
-    trainer._train_step = recorded
+    trainer.loop._train_step = recorded
     try:
         trainer.train()
     except BadStepsError as raised:
         error = str(raised)
     trainer.run.student.engine.destroy()
-    return {"weights": weights, "error": error, "bad_steps": trainer.state.bad_steps}
+    return {"weights": weights, "error": error, "bad_steps": trainer.loop.state.bad_steps}

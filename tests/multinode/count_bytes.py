@@ -62,7 +62,7 @@ def count(config: GKDConfig) -> dict[str, dict[str, float]]:
     run.student.open_step = counter.wrap("loss", run.student.open_step)
     run.student.head.close_step = counter.wrap("loss", run.student.head.close_step)
     LossStep.__call__ = counter.wrap("loss", LossStep.__call__)
-    step = counter.wrap("step", trainer._train_step)
+    step = counter.wrap("step", trainer.loop._train_step)
     per_step: list[dict[str, int]] = []
 
     def counted_step() -> dict[str, float]:
@@ -72,7 +72,7 @@ def count(config: GKDConfig) -> dict[str, dict[str, float]]:
         trainer.tokens_per_rank = metrics["train/tokens"] / run.world_size
         return metrics
 
-    trainer._train_step = counted_step
+    trainer.loop._train_step = counted_step
     trainer.train()
     kept = per_step[WARM_STEPS:]
     measured = {name: sum(received[name] for received in kept) / len(kept) for name in ("loss", "step")}

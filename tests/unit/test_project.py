@@ -53,6 +53,7 @@ ROOMS = (
     {"assembly"},
     {"callbacks", "publication", "accelerator"},
     {"scripting"},
+    {"loop"},
     {"trainer"},
     {"__init__", "bench"},
     {"cli"},
