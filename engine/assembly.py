@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Run:
     checkpoints: Checkpoints
     hub: Hub
     resume_from: Resumption | None
+    problem: str | None  # with a start, where nobody says what is to be resumed
     started: str
     bad_steps: BadSteps
     meter: Meter
@@ -70,8 +72,11 @@ class Run:
     deepspeed_settings: dict[str, Any]
 
 
-def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
+def assemble(config: GKDConfig, inputs: Inputs, train: bool = True, resumes_later: bool = False) -> Run:
     """Check the input, then build every part. All ranks must call.
+
+    Where the run folder holds a run, `resumes_later` prepares to go on from its newest checkpoint, and leaves a
+    `problem` in case that is not what is asked for.
 
     Raises:
         ValueError: for input that cannot work; see engine/data/README.md, "Bad input".
@@ -86,9 +91,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         logger.info(sentence)
     if rank == 0 and config.accepted_sentence:
         logger.warning(config.accepted_sentence)
-    resume_from = find_resumption(config) if train else None
-    if train:
-        run_folder.check_start(config, resume_from.path if resume_from else None)
+    resume_from, problem = _find_start(config, resumes_later) if train else (None, None)
     hub = Hub(config, rank == 0)
     if train and config.push_to_hub:
         hub.open()
@@ -103,7 +106,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
         use: {"split": split, "digest": read.fingerprints[split], "rows": num_rows}
         for use, (split, num_rows) in read.num_rows.items()
     }
-    if resume_from is not None:
+    if resume_from is not None and problem is None:
         check_inputs(resume_from, config, checkpoints.data, read.num_steps)
 
     groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
@@ -120,9 +123,47 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True) -> Run:
     partitions.bound_waits(config.timeout_s)
     return Run(
         config, rank, world_size, device, read.tokenizer, student, parts, teacher, objective, rollout, read.data,
-        evaluator, checkpoints, hub, resume_from, started, BadSteps(config, read.tokenizer, rank, device),
+        evaluator, checkpoints, hub, resume_from, problem, started, BadSteps(config, read.tokenizer, rank, device),
         Meter(student.model, teacher.model), read.num_steps, settings,
     )  # fmt: skip
+
+
+def _find_start(config: GKDConfig, resumes_later: bool) -> tuple[Resumption | None, str | None]:
+    """The checkpoint to go on from, and what is wrong with a start of which nobody says that it does."""
+    if not resumes_later or config.resume_from_checkpoint is not None:
+        resume_from = find_resumption(config)
+        run_folder.check_start(config, resume_from.path if resume_from else None)
+        return resume_from, None
+    problem = run_folder.find_problem(config, None)
+    if problem is None:
+        return None, None
+    try:
+        newest = find_resumption(config.with_resume("auto"))
+    except ValueError as error:
+        raise ValueError(f"{problem}. To go on with it: {error}") from error
+    if newest is None:
+        raise ValueError(problem)
+    return newest, problem
+
+
+def resume(run: Run, wanted: str | Path | bool) -> None:
+    """Have the run go on from a checkpoint: a path, or true for the newest. All ranks must call.
+
+    Raises:
+        ValueError: where there is none, or the run was built for steps of another size.
+    """
+    config = run.config.with_resume("auto" if wanted is True else str(wanted))
+    found = find_resumption(config)
+    if found is None:
+        raise ValueError(f"train(resume_from_checkpoint=True): {config.output_dir} holds no complete checkpoint")
+    run_folder.check_start(config, found.path)
+    if found.global_batch_size is not None:
+        raise ValueError(
+            f"{found.path} was trained with {found.global_batch_size} sequences a step, and this run has "
+            f"{config.global_batch(run.world_size)}: resume_from_checkpoint of GKDConfig takes over the size"
+        )
+    check_inputs(found, config, run.checkpoints.data, run.num_steps)
+    run.resume_from, run.problem = found, None
 
 
 def _read(reader: Reader) -> Read:

@@ -132,9 +132,11 @@ class Callbacks:
         self.log(metrics)
         self.tell("on_evaluate", metrics=dict(metrics))
 
-    def train_end(self) -> None:
+    def train_end(self, metrics: Mapping[str, Any]) -> None:
+        """The end of training, whose figures `metrics` are."""
         if self._in_epoch:
             self._epoch_end()
+        self.log(metrics)
         self.tell("on_train_end")
 
     def _epoch_end(self) -> None:

@@ -173,7 +173,7 @@ def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     open_rank_log(Path(config.output_dir), LOG_FORMAT)
     from engine.trainer import GKDTrainer  # other libraries talk while they are imported
 
-    trainer = GKDTrainer(args=config)
+    trainer = GKDTrainer(args=config, resumes_later=False)
     trainer.train()
     if trainer.run.rank == 0:
         with contextlib.redirect_stdout(lines_out()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from engine.assembly import Run
 from engine.callbacks import Callbacks
@@ -49,20 +50,33 @@ class Loop:
         self.watch = Watch(self.config, run.device)
         self.stopped_by: str | None = None
         self.is_last = False
+        self.losses: list[float] = []  # of the steps of this process
         self._evaluated_step: int | None = None
         self.callbacks = Callbacks(callbacks, run)
         self.publication = Publication(run)
 
-    def train(self) -> TrainState:
-        """Train to the last step, then evaluate and export; or stop early with a checkpoint. All ranks must call."""
+    def train(self) -> TrainOutput:
+        """Train to the last step, then evaluate and export; or stop early with a checkpoint.
+
+        Returns the last step, the mean loss of the steps taken, and how fast they were.
+        """
+        started_s = time.time()
         with self.watch:
             self._open()
             self._train()
             if self.stopped_by is None:
                 self._finish()
-            self.callbacks.train_end()
+            metrics = self._summary(started_s)
+            self.callbacks.train_end(metrics)
             self.tracker.finish()
-        return self.state
+        return TrainOutput(self.state.step, metrics["train_loss"], metrics | {"epoch": self.callbacks.state.epoch})
+
+    def _summary(self, started_s: float) -> dict[str, float]:
+        """transformers' figures of a whole call of `train`."""
+        num_steps = len(self.losses)
+        num_rows = num_steps * self.config.global_batch(self.run.world_size)
+        speed = speed_metrics("train", started_s, num_samples=num_rows, num_steps=num_steps)
+        return speed | {"train_loss": sum(self.losses) / max(num_steps, 1)}
 
     def _open(self) -> None:
         """Resume, and open the record."""
@@ -93,6 +107,7 @@ class Loop:
     def _close_step(self, metrics: dict[str, float]) -> None:
         """Log, evaluate and save, where that is due. Then what callbacks wished meanwhile: another save, or the end."""
         step, due = self.state.step, self._agree()
+        self.losses.append(metrics["train/loss"])
         if due.log:
             self.callbacks.log(metrics)
         evaluates = due.evaluate and not self.is_last and self.stopped_by is None

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.assembly import assemble
+from transformers.trainer_utils import TrainOutput
+
+from engine.assembly import assemble, resume
 from engine.callbacks import check_callback
-from engine.checkpoint.checkpoint import TrainState
 from engine.config import GKDConfig
 from engine.inputs import Inputs
 from engine.loop import Loop
@@ -32,6 +33,7 @@ class GKDTrainer(Scripting):
         optimizers, peft_config, formatting_func: refused.
         teacher_processing_class: the teacher's, to compare with the student's; by default that of the folder or hub
             name which the teacher came from.
+        resumes_later: whether `train` may say what to resume. If not, a folder that holds a run is refused at once.
 
     Raises:
         ValueError: for input that cannot work, before any weight is read where `args` names the models.
@@ -54,6 +56,8 @@ class GKDTrainer(Scripting):
         formatting_func: Callable[[Any], Any] | None = None,
         tokenizer: Any = None,
         teacher_processing_class: Any = None,
+        *,
+        resumes_later: bool = True,
     ) -> None:
         refuse(
             data_collator=data_collator, compute_metrics=compute_metrics, peft_config=peft_config,
@@ -75,7 +79,7 @@ class GKDTrainer(Scripting):
             model, teacher_model, processing_class if processing_class is not None else tokenizer, train_dataset,
             eval_dataset, teacher_processing_class, formatting_func, *optimizers,
         )  # fmt: skip
-        self.run = assemble(config, inputs)
+        self.run = assemble(config, inputs, resumes_later=resumes_later)
         self.config = self.run.config  # with the global batch of the checkpoint
         self.loop = Loop(self.run, callbacks)
         self.callbacks, self.publication = self.loop.callbacks, self.loop.publication
@@ -92,8 +96,23 @@ class GKDTrainer(Scripting):
         """Remove a callback, or the first one of a class."""
         self.callbacks.handler.remove_callback(callback)
 
-    def train(self) -> TrainState:
-        """Train to the last step, then evaluate and export; or stop early with a checkpoint. All ranks must call."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        """Train to the last step, then evaluate and export; or stop early with a checkpoint. All ranks must call.
+
+        `resume_from_checkpoint` is the path of a checkpoint of this configuration, or true for the newest one; where
+        it is not given, that of `args` counts. Returns the last step, the mean loss, and how fast it was.
+
+        Raises:
+            ValueError: where there is no such checkpoint, or the folder holds a run that nothing was said about.
+        """
+        if self.loop.losses:
+            raise ValueError(
+                "train() was called before: a trainer trains once. Build another one to go on from its model"
+            )
+        if resume_from_checkpoint:
+            resume(self.run, resume_from_checkpoint)
+        elif self.run.problem is not None:
+            raise ValueError(self.run.problem)
         return self.loop.train()
 
     def save_checkpoint(self) -> Path | None:

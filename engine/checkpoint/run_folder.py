@@ -55,9 +55,14 @@ def check_start(config: GKDConfig, resume_from: Path | None) -> None:
     Raises:
         ValueError: where a start would destroy what an earlier run left there.
     """
-    problem = from_main(problem_with_start(config, resume_from) if dist.get_rank() == 0 else None)
+    problem = find_problem(config, resume_from)
     if problem:
         raise ValueError(problem)
+
+
+def find_problem(config: GKDConfig, resume_from: Path | None) -> str | None:
+    """What a start would destroy in its folder, as rank 0 sees it. All ranks must call."""
+    return from_main(problem_with_start(config, resume_from) if dist.get_rank() == 0 else None)
 
 
 def problem_with_start(config: GKDConfig, resume_from: Path | None) -> str | None:

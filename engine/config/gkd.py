@@ -187,6 +187,12 @@ class GKDConfig(
         changed.global_batch_size = size
         return changed
 
+    def with_resume(self, wanted: str) -> GKDConfig:
+        """A copy that resumes from there; nothing else of it is looked at again."""
+        changed = copy.copy(self)
+        changed.resume_from_checkpoint = wanted
+        return changed
+
     def checked_copy(self) -> GKDConfig:
         """A copy in which what a script has set since, as `args.model_init_kwargs = ...`, is read and checked as well.
 

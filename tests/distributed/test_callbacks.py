@@ -77,7 +77,7 @@ def test_events_come_in_transformers_order(recorded):
         ("epoch_begin", 0), ("step_begin", 0), ("step_end", 1), ("log", 1),
         ("step_begin", 1), ("step_end", 2), ("epoch_end", 2), ("log", 2), ("save", 2),
         ("epoch_begin", 2), ("step_begin", 2), ("step_end", 3), ("log", 3), ("evaluate", 3),
-        ("epoch_end", 3), ("train_end", 3),
+        ("epoch_end", 3), ("log", 3), ("train_end", 3),
     ]  # fmt: skip
 
 
@@ -94,8 +94,9 @@ def test_callbacks_see_the_state(recorded):
     _, (result, other) = recorded
     assert {"model", "processing_class", "optimizer", "lr_scheduler"} <= result["kwargs"]
     assert [("train/loss" in logs, "eval/divergence" in logs) for logs in result["logs"]] == [
-        (True, False), (True, False), (False, True)
+        (True, False), (True, False), (False, True), (False, False)
     ]  # fmt: skip
-    assert all("train/loss" in logs or "eval/divergence" in logs for logs in other["logs"])
-    assert result["history"] == [1, 2, 3] and result["max_steps"] == 5
+    assert "train_loss" in result["logs"][-1]
+    assert all({"train/loss", "eval/divergence", "train_loss"} & logs.keys() for logs in other["logs"])
+    assert result["history"] == [1, 2, 3, 3] and result["max_steps"] == 5
     assert result["epoch"] == pytest.approx(24 / 14)  # three steps of 8 in 14 rows

@@ -44,7 +44,7 @@ def refused(fields: dict) -> str:
     """What a start says that must not come to a model."""
     with mock.patch("engine.models.student.load_causal_lm", side_effect=AssertionError("a model loads")):
         with pytest.raises(ValueError) as error:
-            GKDTrainer(args=GKDConfig(**fields))
+            GKDTrainer(args=GKDConfig(**fields), resumes_later=False)
     return str(error.value)
 
 

@@ -1,0 +1,117 @@
+"""`GKDTrainer` as scripts call it: what `train` takes and returns, and from where it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from engine import GKDConfig, GKDTrainer
+from tests.library.runs import (
+    checkpoints_in,
+    metrics_of,
+    train,
+    weights_of,
+    write_run_inputs,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    return write_run_inputs(tmp_path_factory.mktemp("trainer")) | {"global_batch_size": 4}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def work(fields: dict, resume=None, stop_at: int | None = None) -> dict:
+    """A script; what `train` returned, and what the trainer knows then."""
+    trainer = GKDTrainer(args=GKDConfig(**fields), callbacks=[StopAt(stop_at)] if stop_at else None)
+    output = trainer.train(resume_from_checkpoint=resume)
+    with pytest.raises(ValueError, match="trains once"):
+        trainer.train()
+    trainer.run.student.engine.destroy()
+    return {"output": output, "history": trainer.state.log_history}
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, inputs, tmp_path_factory) -> tuple[dict, dict]:
+    fields = inputs | {"output_dir": str(tmp_path_factory.mktemp("whole") / "run")}
+    return fields, ranks(2).run(work, fields)[0]
+
+
+@pytest.fixture(scope="module")
+def half(ranks, inputs, tmp_path_factory) -> Path:
+    """A run that a callback ended at step 2; to be copied."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    ranks(2).run(work, inputs | {"output_dir": str(folder)}, None, 2)
+    return folder
+
+
+@pytest.fixture
+def copy(half, tmp_path) -> Path:
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+def test_train_tells_steps_loss_and_speed(whole):
+    fields, result = whole
+    losses = [line["train/loss"] for line in metrics_of(fields["output_dir"])]
+    output = result["output"]
+    assert output.global_step == 4 and output.training_loss == pytest.approx(sum(losses) / 4, rel=1e-12)
+    assert output.metrics["train_loss"] == output.training_loss and output.metrics["epoch"] == pytest.approx(16 / 24)
+    seconds = output.metrics["train_runtime"]
+    assert output.metrics["train_samples_per_second"] == pytest.approx(16 / seconds, rel=0.05, abs=0.01)
+    assert result["history"][-1] == output.metrics | {"step": 4}
+
+
+@pytest.mark.parametrize("world_size,by_path", [(1, False), (2, False), (2, True)])
+def test_train_goes_on_where_it_is_told_to(ranks, inputs, whole, copy, world_size, by_path):
+    fields = inputs | {"output_dir": str(copy)}
+    del fields["global_batch_size"]  # taken over from the checkpoint
+    fields["gradient_accumulation_steps"] = 1
+    resume = str(copy / "checkpoints" / "step_2") if by_path else True
+    (result, *_) = ranks(world_size).run(work, fields, resume)
+    assert result["output"].global_step == 4 and checkpoints_in(copy) == [2, 4]
+    theirs = whole[0]
+    if world_size == 2:
+        ours = metrics_of(copy)
+        ours[1] = {name: value for name, value in ours[1].items() if not name.startswith("eval/")}
+        assert ours == metrics_of(theirs["output_dir"])
+    difference = (weights_of(copy) - weights_of(theirs["output_dir"])).norm() / weights_of(copy).norm()
+    assert difference <= (0 if world_size == 2 else 1e-6)
+
+
+def refused(fields: dict, resume) -> str:
+    trainer = GKDTrainer(args=GKDConfig(**fields))
+    with pytest.raises(ValueError) as raised:
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.run.student.engine.destroy()
+    return str(raised.value)
+
+
+def test_a_used_folder_needs_a_word(ranks, inputs, copy, tmp_path):
+    before = metrics_of(copy)
+    said = ranks(2).run(refused, inputs | {"output_dir": str(copy)}, None)
+    assert all("holds an earlier run" in text for text in said) and metrics_of(copy) == before
+    said = ranks(2).run(refused, inputs | {"output_dir": str(tmp_path / "new")}, True)
+    assert all("holds no complete checkpoint" in text for text in said)
+
+
+def test_a_checkpoint_of_larger_steps_is_named(ranks, inputs, half, tmp_path):
+    checkpoint = str(half / "checkpoints" / "step_2")
+    fields = inputs | {"output_dir": str(tmp_path / "new"), "global_batch_size": 8}
+    assert "set global_batch_size=4" in ranks(2).run(refused, fields, checkpoint)[0]
+    del fields["global_batch_size"]  # 2 sequences a step
+    assert "resume_from_checkpoint of GKDConfig takes over the size" in ranks(1).run(refused, fields, checkpoint)[0]
+
+
+def test_what_the_configuration_says_counts_where_train_says_nothing(ranks, inputs, whole, copy):
+    ranks(2).run(train, inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"})
+    assert (weights_of(copy) == weights_of(whole[0]["output_dir"])).all()
