@@ -15,7 +15,7 @@ from engine.config.checks import STEPS, accepted_sentence, broken_rules, is_set,
 from engine.config.environment import Environment
 from engine.config.models import DataFields, ModelFields
 from engine.config.options import Option, options_of
-from engine.config.reading import read_value
+from engine.config.reading import read_value, saved_value
 from engine.config.refused import RefusedFields
 from engine.config.renamed import RENAMED, RenamedFields
 from engine.config.run import (
@@ -204,18 +204,19 @@ class GKDConfig(
     def to_dict(self) -> dict[str, Any]:
         """What gives the same configuration again, as plain values: `GKDConfig(**config.to_dict())`.
 
-        Fields that change nothing here are in it where they are set. The hub's token is not.
+        Fields that change nothing here are in it where they are set. The hub's token is not. An object among arguments
+        of a model is the name of its class.
         """
         values = {}
         for name, option in self.options().items():
             value = getattr(self, name)
             if name in NEVER_SAVED or option.section in (AcceptedFields, RefusedFields) and value == option.default:
                 continue
-            values[name] = None if isinstance(value, UnsetStrategy) else copy.deepcopy(value)
+            values[name] = saved_value(value)
         return values
 
     def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, default=str)
+        return json.dumps(self.to_dict(), indent=2)
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """As TensorBoard's hyperparameters: numbers, truth values, and text for all else."""

@@ -1,4 +1,4 @@
-"""One value as its field has it: the type, the choices, the path filled in, the words that stand for others."""
+"""One value as its field has it (type, choices, paths filled in, words that stand for others), and as a file has it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def _new_names(values: dict[str, Any] | None) -> dict[str, Any] | None:
     if values is None or "torch_dtype" not in values:
         return values
     return {"dtype": values["torch_dtype"]} | {key: value for key, value in values.items() if key != "torch_dtype"}
+
+
+def saved_value(value: Any) -> Any:
+    """A value as YAML and JSON have it; of an object its class, which is alike on every rank."""
+    if isinstance(value, UnsetStrategy):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): saved_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [saved_value(item) for item in value]
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def chosen_trackers(given: list[str] | None) -> list[str]:

@@ -248,6 +248,13 @@ def test_a_mistake_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: command line: unknown field `lmda`; did you mean `lmbda`?\n"
 
 
+def test_several_mistakes_are_a_line_each(capsys):
+    assert main(["train", "--lmda", "1", "--fp16", "--beta", "2"]) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "error: command line: unknown field `lmda`; did you mean `lmbda`?"
+    assert second.startswith("fp16=True is not supported") and third == "beta=2.0: must be in [0, 1]"
+
+
 def test_help_needs_no_torch():
     lines = (
         "import sys",

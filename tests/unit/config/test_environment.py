@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import ParallelMode
 
@@ -97,6 +98,8 @@ def test_a_scripts_own_class_of_arguments():
     args = Arguments("out", num_rows=3, weights=(1, 2), beta="0.25", dataset_name="rows")
     assert (args.output_dir, args.lmbda, args.beta, args.num_rows, args.weights) == ("out", 0.75, 0.25, 3, (1, 2))
     assert args.dataset_name == "rows" and args.to_dict()["num_rows"] == 3
+    saved = Arguments(weights=[torch.nn.Linear(1, 1)]).to_dict()
+    assert yaml.safe_load(yaml.safe_dump(saved))["weights"] == ["torch.nn.modules.linear.Linear"]
     with pytest.raises(ValueError, match="unknown field `num_row`; did you mean `num_rows`"):
         Arguments(num_row=3)
     with pytest.raises(ValueError, match=r"lmbda=2.0: must be in \[0, 1\]"):
