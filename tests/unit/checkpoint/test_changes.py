@@ -21,6 +21,10 @@ def test_equal_configurations_and_costs_are_not_mentioned():
     both = {"deepspeed": {"zero_optimization": {"stage": 3}}, "wandb_tags": ["a"]}
     changes = compare_fields(saved(**both), GKDConfig(**both, save_steps=7, output_dir="elsewhere", logging_steps=1))
     assert changes.said == [] == changes.order
+    of_trl = {"packing": True, "dataloader_num_workers": 1, "eval_strategy": "no", "hub_model_id": "a/b"}
+    now = GKDConfig(dataloader_num_workers=2, eval_steps=3, push_to_hub=True, log_level="info", use_cpu=True)
+    changes = compare_fields(saved(**of_trl), now)
+    assert changes.said == [] == changes.order
 
 
 def test_each_kind_says_what_counts():
@@ -30,6 +34,8 @@ def test_each_kind_says_what_counts():
         "beta=0.5 in the checkpoint, 0.1 now: the new value counts",
         "model_name_or_path='a' in the checkpoint, 'b' now: the weights are the checkpoint's",
     ]
+    (text,) = compare_fields(saved(), GKDConfig(data_seed=7)).order
+    assert text.startswith("data_seed=None in the checkpoint, 7 now: the order of rows")
     assert len(changes.order) == 1 and changes.order[0].startswith("seed=1 in the checkpoint, 2 now: the order of rows")
 
 
