@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_pt_utils import log_metrics, save_metrics
 
 from engine.accelerator import Accelerator, GatheredStudent
@@ -67,6 +67,23 @@ class Scripting:
     @property
     def processing_class(self) -> PreTrainedTokenizerBase:
         return self.run.tokenizer
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How rollouts sample, in transformers' words."""
+        sampling, stop_ids = self.run.rollout.sampling, list(self.run.rollout.sampling.stop_ids)
+        return GenerationConfig(
+            do_sample=True,
+            max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens or None,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p or None,
+            repetition_penalty=sampling.repetition_penalty,
+            pad_token_id=self.run.tokenizer.pad_token_id,
+            eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids,
+        )
 
     @cached_property
     def accelerator(self) -> Accelerator:

@@ -143,6 +143,23 @@ def test_a_push_that_fails_ends_no_script(ranks, inputs, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+def generation_config(fields: dict) -> tuple[dict, list[int]]:
+    trainer = GKDTrainer(args=GKDConfig(**fields))
+    trainer.run.student.engine.destroy()
+    return trainer.generation_config.to_diff_dict(), trainer.generation_config.eos_token_id
+
+
+def test_the_generation_config_is_that_of_rollouts(ranks, inputs, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path), "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 11}
+    ((settings, stop_id),) = ranks(1).run(generation_config, fields)
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model_name_or_path"])
+    assert settings.items() >= {
+        "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "max_new_tokens": 11,
+        "pad_token_id": tokenizer.pad_token_id,
+    }.items()  # fmt: skip
+    assert stop_id == tokenizer.eos_token_id
+
+
 def arguments(fields: dict, given: dict) -> str:
     with pytest.raises(ValueError) as raised:
         GKDTrainer(args=GKDConfig(**fields), **given)
