@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 from datetime import timedelta
 
 import deepspeed
@@ -46,9 +48,19 @@ def init_distributed(timeout_s: int) -> torch.device:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), timeout=timedelta(seconds=timeout_s), verbose=False)
     hosts.introduce()
+    atexit.register(_close)
     return torch.device(
         get_accelerator().device_name(local_rank) if get_accelerator().device_name() != "cpu" else "cpu"
     )
+
+
+def _close() -> None:
+    """End gloo's threads before the interpreter does: a script that ends while one runs would abort, now and then.
+
+    Not after an exception, where a rank would wait for others that do not come.
+    """
+    if dist.is_initialized() and "last_value" not in vars(sys):
+        dist.destroy_process_group()
 
 
 def join_world(backend: str, timeout_s: int) -> None:
