@@ -69,6 +69,7 @@ class Run:
     bad_steps: BadSteps
     meter: Meter
     num_steps: int
+    shared_vocab_size: int
     deepspeed_settings: dict[str, Any]
 
 
@@ -117,14 +118,12 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True, resumes_late
     sampling = build_sampling(config, read.tokenizer, student.model, read.shared_vocab_size)
     parts = export_parts(student.model.config, student.model.generation_config, read.tokenizer, sampling.stop_ids)
     rollout = Rollout(config, sampling, rank, world_size, device)
-    evaluator = None
-    if read.evaluator_batches is not None:
-        evaluator = Evaluator(read.evaluator_batches, objective, rollout, student, teacher)
+    evaluator = Evaluator(read.evaluation_sets, objective, rollout, student, teacher) if read.evaluation_sets else None
     partitions.bound_waits(config.timeout_s)
     return Run(
         config, rank, world_size, device, read.tokenizer, student, parts, teacher, objective, rollout, read.data,
         evaluator, checkpoints, hub, resume_from, problem, started, BadSteps(config, read.tokenizer, rank, device),
-        Meter(student.model, teacher.model), read.num_steps, settings,
+        Meter(student.model, teacher.model), read.num_steps, read.shared_vocab_size, settings,
     )  # fmt: skip
 
 
@@ -164,6 +163,25 @@ def resume(run: Run, wanted: str | Path | bool) -> None:
         )
     check_inputs(found, config, run.checkpoints.data, run.num_steps)
     run.resume_from, run.problem = found, None
+
+
+def build_evaluator(run: Run, dataset: Any) -> Evaluator:
+    """An evaluator on other rows: a dataset, or a dict of them by name. All ranks must call.
+
+    Raises:
+        ValueError: for rows that cannot be used.
+    """
+    inputs = Inputs(tokenizer=run.tokenizer, eval_dataset=dataset)
+    reader = Reader(run.config, inputs, False, run.rank, run.world_size, datetime.fromisoformat(run.started))
+    read = Read(run.shared_vocab_size, run.tokenizer)
+
+    def read_rows() -> None:
+        with hosts.host_by_host(run.config.prepare_timeout_s):
+            reader.read_evaluation_sets(dataset, read)
+
+    together(read_rows)
+    check.same_data(read.fingerprints)
+    return Evaluator(read.evaluation_sets, run.objective, run.rollout, run.student, run.teacher)
 
 
 def _read(reader: Reader) -> Read:

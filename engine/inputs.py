@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from datasets import DatasetDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -59,9 +60,9 @@ class Read:
     shared_vocab_size: int
     tokenizer: PreTrainedTokenizerBase
     data: StepData | None = None
-    evaluator_batches: list[list[Sample]] | None = None
+    evaluation_sets: dict[str, list[list[Sample]]] = field(default_factory=dict)  # by name; the only one has none
     num_steps: int = 1
-    fingerprints: dict[str, str] = field(default_factory=dict)  # by split
+    fingerprints: dict[str, str] = field(default_factory=dict)  # by split, and name of the set
     # `train` and `eval`: the split, and its usable rows; None of a stream
     num_rows: dict[str, tuple[str, int | None]] = field(default_factory=dict)
 
@@ -132,10 +133,10 @@ class Reader:
         stop_ids = stop_ids_of(self.config, tokenizer, settings)
         check_saveable(export_parts(student_config, settings, tokenizer, stop_ids))
 
-    def _rows(self, data: Any, split: str, read: Read) -> MapRows | StreamRows:
+    def _rows(self, data: Any, split: str, read: Read, label: str | None = None) -> MapRows | StreamRows:
         with bars_on_console():
             rows = build_rows(data, read.tokenizer, self.config, split, self.rank, self.now, read.shared_vocab_size)
-        read.fingerprints[split] = rows.fingerprint
+        read.fingerprints[label or split] = rows.fingerprint
         return rows
 
     def _read_training_rows(self, read: Read) -> None:
@@ -158,10 +159,21 @@ class Reader:
         if given is None and not self.wants_evaluation:
             if self.inputs.train_dataset is not None or not has_split(config, split):
                 return
-        rows = self._rows(given, split, read)
-        assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
-        read.evaluator_batches = eval_batches(rows, self.rank, self.world_size, config.per_device_eval_batch_size)
-        read.num_rows["eval"] = split, len(rows)
+        self.read_evaluation_sets(given, read)
+
+    def read_evaluation_sets(self, given: Any, read: Read) -> None:
+        """Rows to evaluate on: a dataset, or a dict of them by name; None for those that the configuration names."""
+        split = self.config.dataset_test_split or "test"
+        has_names = isinstance(given, dict) and not isinstance(given, DatasetDict)
+        if has_names and not given:
+            raise ValueError("eval_dataset={}: no dataset to evaluate on")
+        for name, data in (given if has_names else {"": given}).items():
+            label = f"{split} {name}".rstrip()
+            rows = self._rows(data, split, read, label)
+            assert isinstance(rows, MapRows)  # `build_rows` refuses a stream to evaluate on
+            batch_size = self.config.per_device_eval_batch_size
+            read.evaluation_sets[name] = eval_batches(rows, self.rank, self.world_size, batch_size)
+            read.num_rows[f"eval {name}".rstrip()] = label, len(rows)
 
     def _tokenizer(self, shared_vocab_size: int) -> PreTrainedTokenizerBase:
         """The student's tokenizer, which the teacher must share."""

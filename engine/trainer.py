@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import TrainOutput
 
-from engine.assembly import assemble, resume
+from engine.assembly import assemble, build_evaluator, resume
 from engine.callbacks import check_callback
 from engine.config import GKDConfig
+from engine.evaluation import script_names
 from engine.inputs import Inputs
 from engine.loop import Loop
 from engine.paths import expand_path
@@ -114,6 +116,24 @@ class GKDTrainer(Scripting):
         elif self.run.problem is not None:
             raise ValueError(self.run.problem)
         return self.loop.train()
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluate the student as it is: on the run's own rows, a dataset, or a dict of datasets. All ranks must call.
+
+        Returns `eval_loss`, the divergence on the references, and the other figures of an evaluation, `eval_runtime`
+        and `epoch`; of several sets, `eval_<set>_loss` and so on. `metric_key_prefix` takes the place of `eval`.
+
+        Raises:
+            ValueError: where there are no rows to evaluate on, or they cannot be used.
+        """
+        started_s = time.time()
+        evaluator = self.run.evaluator if eval_dataset is None else build_evaluator(self.run, eval_dataset)
+        if evaluator is None:
+            raise ValueError("evaluate: there are no rows to evaluate on: pass eval_dataset, here or to the trainer")
+        metrics = script_names(evaluator.run().metrics, metric_key_prefix)
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - started_s, 4)
+        self.callbacks.evaluated(metrics)
+        return metrics | {"epoch": self.callbacks.state.epoch}
 
     def save_checkpoint(self) -> Path | None:
         """Write `checkpoints/step_<N>`; None where that failed and `save_on_error` is `warn`. All ranks must call."""

@@ -61,10 +61,10 @@ def compare_fields(saved: Mapping[str, Any], config: GKDConfig) -> Changes:
 
 
 def compare_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Both have, under `train` and `eval`, split, digest and number of usable rows (None for a stream, of which
-    the digest may cover the first rows alone)."""
+    """Both have, under `train`, `eval` and `eval <set>`, split, digest and number of usable rows (None for a stream, of
+    which the digest may cover the first rows alone)."""
     changes = Changes([], [])
-    for use in ("train", "eval"):
+    for use in sorted(saved.keys() | now.keys(), reverse=True):
         before, after = saved.get(use), now.get(use)
         if before is None or after is None or (before["digest"], before["rows"]) == (after["digest"], after["rows"]):
             continue

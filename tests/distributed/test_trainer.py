@@ -115,3 +115,50 @@ def test_a_checkpoint_of_larger_steps_is_named(ranks, inputs, half, tmp_path):
 def test_what_the_configuration_says_counts_where_train_says_nothing(ranks, inputs, whole, copy):
     ranks(2).run(train, inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"})
     assert (weights_of(copy) == weights_of(whole[0]["output_dir"])).all()
+
+
+def rows(*answers: str) -> list[dict]:
+    return [{"prompt": "what?", "completion": answer} for answer in answers]
+
+
+def evaluate(fields: dict, datasets: list) -> dict:
+    """Evaluate before training, on other rows, and after it."""
+    trainer = GKDTrainer(args=GKDConfig(**fields), eval_dataset={"short": rows("a", "b"), "long": rows("yes " * 5)})
+    results = [trainer.evaluate(), *(trainer.evaluate(data, metric_key_prefix="test") for data in datasets)]
+    trainer.train()
+    results.append(trainer.evaluate())
+    trainer.run.student.engine.destroy()
+    return {"results": results, "history": trainer.state.log_history}
+
+
+def test_evaluate_alone_on_other_rows_and_on_several_sets(ranks, inputs, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path / "run"), "eval_on_start": True}
+    datasets = [rows("a", "b"), {"long": rows("yes " * 5)}]
+    (first, second), (alone,) = (ranks(n).run(evaluate, fields | {"output_dir": str(tmp_path / str(n))}, datasets)
+                                 for n in (2, 1))  # fmt: skip
+    before, other, named, after = first["results"]
+    assert {"eval_short_loss", "eval_long_loss", "eval_long_perplexity", "eval_runtime", "epoch"} <= before.keys()
+    assert other["test_loss"] == before["eval_short_loss"] and named["test_long_loss"] == before["eval_long_loss"]
+    assert after["eval_long_loss"] != before["eval_long_loss"]
+    assert [r["eval_long_loss"] for r in (second["results"][0], second["results"][3])] == [
+        before["eval_long_loss"], after["eval_long_loss"]
+    ]  # fmt: skip
+    assert alone["results"][0]["eval_long_loss"] == pytest.approx(before["eval_long_loss"], rel=1e-5)
+    logged = [entry["eval_short_loss"] for entry in first["history"] if "eval_short_loss" in entry]
+    assert logged[0] == before["eval_short_loss"] and logged[-1] == after["eval_short_loss"]
+    lines = metrics_of(tmp_path / "2")
+    assert lines[0]["eval/short/divergence"] == before["eval_short_loss"]
+    assert lines[-1]["eval/long/divergence"] == after["eval_long_loss"]
+
+
+def nothing_to_evaluate(fields: dict) -> str:
+    trainer = GKDTrainer(args=GKDConfig(**fields))
+    with pytest.raises(ValueError, match="no rows") as raised:
+        trainer.evaluate()
+    trainer.run.student.engine.destroy()
+    return str(raised.value)
+
+
+def test_nothing_to_evaluate_on_is_an_error(ranks, inputs, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path / "run"), "dataset_test_split": "none"}
+    assert "pass eval_dataset" in ranks(1).run(nothing_to_evaluate, fields)[0]
