@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import check
 from engine.checkpoint import run_folder
+from engine.checkpoint.changes import optimizer_name
 from engine.checkpoint.checkpoint import Checkpoints
 from engine.checkpoint.parts import export_parts
 from engine.checkpoint.resumption import Resumption, check_inputs, find_resumption
@@ -29,8 +30,9 @@ from engine.config import GKDConfig
 from engine.data.samples import StepData
 from engine.data.vocabulary import check_ids
 from engine.evaluation import Evaluator
-from engine.inputs import Inputs, Read, Reader, stop_ids_of
+from engine.inputs import Inputs, Read, Reader, check_objects, stop_ids_of
 from engine.loss.objective import Objective
+from engine.models.schedule import check_schedule
 from engine.models.student import Student, build_student
 from engine.publish.hub import Hub
 from engine.rollout.rollout import Rollout
@@ -85,21 +87,26 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True, resumes_late
     device = init_distributed(config.timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check.same_setup(config, writes=train)
-    resolve_deepspeed(config, world_size)  # so that a contradiction in it is named first
+    check_objects(config, inputs)
+    is_given = inputs.optimizer is not None
+    resolve_deepspeed(config, world_size, is_given=is_given)  # so that a contradiction in it is named first
+    check_schedule(config)
     if config.teacher_placement == "zero3":
         teacher_settings(config)
     if rank == 0 and (sentence := replaced_scheduler(config)):
         logger.info(sentence)
     if rank == 0 and config.accepted_sentence:
         logger.warning(config.accepted_sentence)
-    resume_from, problem = _find_start(config, resumes_later) if train else (None, None)
+    optimizer_now = optimizer_name(config, inputs.optimizer)
+    resume_from, problem = _find_start(config, optimizer_now, resumes_later) if train else (None, None)
     hub = Hub(config, rank == 0)
     if train and config.push_to_hub:
         hub.open()
     if resume_from is not None and resume_from.global_batch_size is not None:
         config = config.with_global_batch(resume_from.global_batch_size)
     checkpoints = Checkpoints(config)
-    settings = resolve_deepspeed(config, world_size)  # with the global batch of the checkpoint
+    checkpoints.optimizer_name = optimizer_now
+    settings = resolve_deepspeed(config, world_size, is_given=is_given)  # with the global batch of the checkpoint
     started = from_main((resume_from.started if resume_from else None) or date.today().isoformat())
     read = together(lambda: _read(Reader(config, inputs, train, rank, world_size, datetime.fromisoformat(started))))
     check.same_data(read.fingerprints)
@@ -111,7 +118,9 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True, resumes_late
         check_inputs(resume_from, config, checkpoints.data, read.num_steps)
 
     groups = build_vocab_groups(config.vocab_parallel_size, hosts.ranks_per_node())
-    student = build_student(config, inputs.model, groups, read.shared_vocab_size, read.num_steps)
+    student = build_student(
+        config, inputs.model, groups, read.shared_vocab_size, read.num_steps, inputs.optimizer, inputs.scheduler
+    )
     teacher = build_teacher(config, inputs.teacher_model, device)
     teacher.attach(student)
     objective = Objective(config, student.head, device)
@@ -127,17 +136,17 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True, resumes_late
     )  # fmt: skip
 
 
-def _find_start(config: GKDConfig, resumes_later: bool) -> tuple[Resumption | None, str | None]:
+def _find_start(config: GKDConfig, optimizer_now: str, resumes_later: bool) -> tuple[Resumption | None, str | None]:
     """The checkpoint to go on from, and what is wrong with a start of which nobody says that it does."""
     if not resumes_later or config.resume_from_checkpoint is not None:
-        resume_from = find_resumption(config)
+        resume_from = find_resumption(config, optimizer_now)
         run_folder.check_start(config, resume_from.path if resume_from else None)
         return resume_from, None
     problem = run_folder.find_problem(config, None)
     if problem is None:
         return None, None
     try:
-        newest = find_resumption(config.with_resume("auto"))
+        newest = find_resumption(config.with_resume("auto"), optimizer_now)
     except ValueError as error:
         raise ValueError(f"{problem}. To go on with it: {error}") from error
     if newest is None:
@@ -152,7 +161,7 @@ def resume(run: Run, wanted: str | Path | bool) -> None:
         ValueError: where there is none, or the run was built for steps of another size.
     """
     config = run.config.with_resume("auto" if wanted is True else str(wanted))
-    found = find_resumption(config)
+    found = find_resumption(config, run.checkpoints.optimizer_name)
     if found is None:
         raise ValueError(f"train(resume_from_checkpoint=True): {config.output_dir} holds no complete checkpoint")
     run_folder.check_start(config, found.path)

@@ -49,8 +49,8 @@ class Inputs:
     eval_dataset: Any = None
     teacher_tokenizer: Any = None  # or a processor
     formatting_func: Any = None  # makes a row of what a dataset has
-    optimizer: Any = None
-    scheduler: Any = None
+    optimizer: Any = None  # over the weights of `model`
+    scheduler: Any = None  # of that optimizer, or a function that makes one for an optimizer
 
 
 @dataclass
@@ -205,6 +205,26 @@ class Reader:
             assert config.teacher_model_name_or_path is not None  # `_model_config` has read it
             return load_tokenizer(config.teacher_model_name_or_path, config.trust_remote_code)
         return load_tokenizer_at_hand(inputs.teacher_model.config.name_or_path, config.trust_remote_code)
+
+
+def check_objects(config: GKDConfig, inputs: Inputs) -> None:
+    """What comes as an object, and what the configuration says of the same thing.
+
+    Raises:
+        ValueError: where the two contradict each other.
+    """
+    fields = GKDConfig.options()
+    if inputs.optimizer is not None:
+        for name in ("optim", "optim_args"):
+            if getattr(config, name) != fields[name].default:
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r}, and optimizers= has an optimizer: give one of the two"
+                )
+        if inputs.model is None:
+            raise ValueError(
+                "optimizers= has an optimizer, and the student comes by name: hand over the model object whose "
+                "parameters() it was made of, or set `optim`"
+            )
 
 
 def longest_row(config: GKDConfig) -> int:

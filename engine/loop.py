@@ -249,6 +249,7 @@ class Loop:
         with self.tracker.time("evaluation"):
             self.evaluations.append(self.run.evaluator.run())
         self._evaluated_step = self.state.step
+        self.run.student.note_metrics(self.evaluations[-1].metrics)
         self.callbacks.evaluated(self.evaluations[-1].metrics)
         return self.evaluations[-1].metrics
 

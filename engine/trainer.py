@@ -32,7 +32,9 @@ class GKDTrainer(Scripting):
         compute_metrics, preprocess_logits_for_metrics: refused; no rank ever has logits.
         callbacks: `transformers.TrainerCallback`s, or classes of them. A wish on one rank (`control.should_save`,
             `should_evaluate`, `should_log`, `should_training_stop`) counts on all of them.
-        optimizers, peft_config, formatting_func: refused.
+        optimizers: an optimizer of torch's that works element by element, over the weights of `model`, and a schedule
+            of it; each may be None. The schedule may be a function that makes one for an optimizer.
+        peft_config, formatting_func: refused.
         teacher_processing_class: the teacher's, to compare with the student's; by default that of the folder or hub
             name which the teacher came from.
         resumes_later: whether `train` may say what to resume. If not, a folder that holds a run is refused at once.
@@ -64,7 +66,6 @@ class GKDTrainer(Scripting):
         refuse(
             data_collator=data_collator, compute_metrics=compute_metrics, peft_config=peft_config,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics, formatting_func=formatting_func,
-            optimizers=None if tuple(optimizers) == (None, None) else optimizers,
         )  # fmt: skip
         callbacks = [check_callback(callback) for callback in callbacks or ()]
         if not isinstance(args, GKDConfig | None):
@@ -146,7 +147,6 @@ REFUSED = {
     "compute_metrics": "no rank ever has logits; compute metrics in the on_evaluate of a callback",
     "preprocess_logits_for_metrics": "no rank ever has logits; compute metrics in the on_evaluate of a callback",
     "formatting_func": "not applied; give rows another shape with `map` of the dataset",
-    "optimizers": "not used; `optim`, `learning_rate` and `lr_scheduler_type` of GKDConfig choose them",
     "peft_config": "adapters are not trained by this engine; leave it out to train the whole student",
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.config import GKDConfig
 from engine.config.accepted import AcceptedFields
+from engine.config.optimizers import optimizer_kind
 from engine.config.options import options_of
 from engine.zero.settings import read_deepspeed
 
@@ -77,7 +78,10 @@ def compare_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     return changes
 
 
-def optimizer_name(config: GKDConfig) -> str:
-    """The optimizer whose moments a checkpoint holds."""
+def optimizer_name(config: GKDConfig, given: object = None) -> str:
+    """The optimizer whose moments a checkpoint holds; `given` is the caller's own."""
+    if given is not None:
+        return f"{type(given).__module__}.{type(given).__qualname__}"
     block = read_deepspeed(config.deepspeed).get("optimizer") or {}
-    return block.get("type", "torch.optim.AdamW")
+    kind = optimizer_kind(config.optim)
+    return block.get("type") or {"adamw": "torch.optim.AdamW", "fused_adam": "AdamW"}.get(kind, kind)

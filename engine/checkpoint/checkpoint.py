@@ -80,6 +80,7 @@ class Checkpoints:
         self.config = config
         self.folder = Path(config.output_dir) / CHECKPOINTS
         self.data: dict[str, Any] = {}  # the run's rows: see `changes.compare_rows`
+        self.optimizer_name = optimizer_name(config)
         self.saved_step: int | None = None  # of the newest checkpoint that this process wrote or resumed from
 
     def save(
@@ -164,7 +165,7 @@ class Checkpoints:
             "global_batch_size": config.global_batch(world_size),
             "saved_at": time.time(),
             "data": self.data,
-            "optimizer": optimizer_name(config),
+            "optimizer": self.optimizer_name,
             "config": config.to_dict(),
         }
 

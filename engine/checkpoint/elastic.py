@@ -31,6 +31,7 @@ from engine.zero.settings import read_deepspeed
 logger = logging.getLogger(__name__)
 
 UNIVERSAL_TAG = "state"  # the folder inside a converted copy that holds DeepSpeed's files
+ADAMS = ("torch.optim.AdamW", "AdamW", "Adam", "torch.optim.adamw.AdamW", "torch.optim.adam.Adam")
 POLL_S = 0.5
 MAX_WORKERS = 8  # processes that convert
 
@@ -71,7 +72,7 @@ def universal_copy(path: Path, manifest: dict[str, Any], layout: dict[str, Any],
     All ranks must call. Its name holds the manifest's digest, so that another checkpoint is never taken for this one.
 
     Raises:
-        ValueError: where NVMe holds the optimizer states, before or now.
+        ValueError: where NVMe holds the optimizer states, before or now, or they are no Adam's.
         CheckpointError: where the disk is too small, or DeepSpeed's converter fails.
     """
     # deepspeed 0.19.8 copies NVMe swap files beside the checkpoint as they are, and its converter does not read them.
@@ -79,6 +80,11 @@ def universal_copy(path: Path, manifest: dict[str, Any], layout: dict[str, Any],
         raise ValueError(
             f"{path} was written with {manifest['layout']} and this run has {layout}: with `offload_optimizer.device`="
             "nvme on either side, resume with the same ranks and offload"
+        )
+    if manifest.get("optimizer", ADAMS[0]) not in ADAMS:  # deepspeed 0.19.8's converter asks for exp_avg and exp_avg_sq
+        raise ValueError(
+            f"{path} holds the moments of {manifest['optimizer']}, written with {manifest['layout']}, and this run has "
+            f"{layout}: DeepSpeed converts Adam's moments alone; resume with the same ranks, precision and offload"
         )
     digest = hashlib.blake2b((path / MANIFEST).read_bytes(), digest_size=8).hexdigest()
     converted = folder / f".universal_{path.name}_{digest}"

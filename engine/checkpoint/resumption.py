@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from engine.checkpoint.changes import REMEDY, Changes, compare_fields, compare_rows, optimizer_name
+from engine.checkpoint.changes import REMEDY, Changes, compare_fields, compare_rows
 from engine.checkpoint.elastic import batch_to_keep
 from engine.checkpoint.manifest import MANIFEST, read_manifest, verify
 from engine.checkpoint.run_folder import CHECKPOINTS
@@ -53,10 +53,10 @@ class Resumption:
                 logger.warning("%s: %s", self.path.name, text)
 
 
-def find_resumption(config: GKDConfig) -> Resumption | None:
+def find_resumption(config: GKDConfig, optimizer_now: str) -> Resumption | None:
     """The checkpoint that `resume_from_checkpoint` asks for, verified; None for a fresh start.
 
-    Fields that differ from the checkpoint's are named.
+    Fields that differ from the checkpoint's are named. `optimizer_now` is as `changes.optimizer_name` calls it.
 
     Raises:
         ValueError: where the named one is missing or damaged (the text names the files), or its global batch,
@@ -78,9 +78,11 @@ def find_resumption(config: GKDConfig) -> Resumption | None:
     assert manifest is not None  # it is verified
     found = Resumption(path, manifest, batch_to_keep(config, path, manifest, dist.get_world_size()))
     found.accept(config, compare_fields(manifest["config"], config))
-    before, now = manifest.get("optimizer"), optimizer_name(config)
-    if before not in (None, now):
-        raise ValueError(f"{path} holds the moments of {before}, and the optimizer is now {now}: take it back")
+    before = manifest.get("optimizer")
+    if before not in (None, optimizer_now):
+        raise ValueError(
+            f"{path} holds the moments of {before}, and the optimizer is now {optimizer_now}: take it back"
+        )
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.config.accepted import AcceptedFields
 from engine.config.models import RESERVED_TEMPLATE_KWARGS
+from engine.config.optimizers import optimizer_problem
 from engine.config.options import options_of
 from engine.config.refused import HARMLESS, RefusedFields
 
@@ -130,6 +131,11 @@ def _contradictions() -> Iterator[Rule]:
             f"dataset_kwargs={c.dataset_kwargs!r}: {', '.join(_unknown_dataset_kwargs(c))} has no meaning here; "
             f"allowed are {', '.join(DATASET_KWARGS)}, and add_special_tokens=false"
         ),
+    )
+    yield Rule(
+        ("optim", "optim_args"),
+        lambda c: optimizer_problem(c.optim, c.optim_args) is None,
+        lambda c: str(optimizer_problem(c.optim, c.optim_args)),
     )
     yield Rule(
         ("lr_scheduler_type", "eval_strategy"),

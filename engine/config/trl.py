@@ -28,11 +28,13 @@ SAME = frozenset(
 )
 MAPPED: Mapping[str, str] = MappingProxyType(
     {
-        "lr_scheduler_type": "All of transformers' schedules; a `scheduler` block of the DeepSpeed JSON gives way.",
+        "lr_scheduler_type": "All of transformers' schedules; those that go by a metric read `metric_for_best_model` "
+        "after each evaluation. A `scheduler` block of the DeepSpeed JSON gives way.",
         "warmup_ratio": "As in older versions: a share of the steps, where `warmup_steps` is 0.",
-        "optim": "AdamW's variants are one AdamW, fused where the device has it; Lion, Muon and SGD are there. Under "
-        "ZeRO-3 an optimizer sees flat pieces, so Adafactor and 8-bit states are refused.",
-        "optim_args": "Arguments of that optimizer, as `name=value,name=value`.",
+        "optim": "AdamW's variants are one AdamW, fused where the device has it (`adamw_apex_fused` is DeepSpeed's); "
+        "Lion, Muon, RMSprop and SGD are there. Under ZeRO-3 an optimizer sees flat pieces, so Adafactor and 8-bit "
+        "states are refused. An `optimizer` block of the DeepSpeed JSON wins over the default.",
+        "optim_args": "Arguments of that optimizer, as `name=value,name=value`; one that it does not take is an error.",
         "label_smoothing_factor": "Smooths the reference tokens' term that `sft_weight` adds; the divergence has no "
         "labels.",
         "temperature": "That of sampling, as in TRL; divides both logits in the loss as well, as in the paper.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from engine.cluster.collectives import VocabGroups
 from engine.config import GKDConfig
@@ -25,6 +24,8 @@ from engine.models.backbone import (
     load_causal_lm,
     switch_dropout_off,
 )
+from engine.models.optimizer import build_optimizer, check_given, parameter_groups
+from engine.models.schedule import MetricSchedule, build_schedule, given_schedule
 from engine.models.structure import describe_head, freeze_unused
 from engine.zero import partitions
 from engine.zero.settings import resolve_deepspeed
@@ -67,6 +68,11 @@ class Student:
         self.engine.step()
         return self.engine.was_step_applied()
 
+    def note_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Tell the schedule what an evaluation found, where it goes by that. ValueError where it lacks the metric."""
+        if isinstance(self.engine.lr_scheduler, MetricSchedule):
+            self.engine.lr_scheduler.observe(metrics)
+
     @property
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
@@ -85,17 +91,30 @@ class Student:
 
 
 def build_student(
-    config: GKDConfig, model: nn.Module | None, groups: VocabGroups, shared_vocab_size: int, num_steps: int
+    config: GKDConfig,
+    model: nn.Module | None,
+    groups: VocabGroups,
+    shared_vocab_size: int,
+    num_steps: int,
+    given_optimizer: torch.optim.Optimizer | None = None,
+    schedule: Any = None,
 ) -> Student:
     """Partition the student (a model object, or `model_name_or_path` while it loads) and attach its optimizer.
 
-    All ranks must call.
+    An optimizer of the caller's is one of the model object's weights; a schedule of theirs is as `given_schedule`
+    takes it. All ranks must call.
+
+    Raises:
+        ValueError: where one of these cannot be used.
     """
-    settings = resolve_deepspeed(config, groups.world_size)
+    is_given = given_optimizer is not None
+    settings = resolve_deepspeed(config, groups.world_size, is_given=is_given)
     if model is None:
         assert config.model_name_or_path is not None  # `assemble` has read its configuration
         model = load_causal_lm(config.model_name_or_path, config, settings)
-    settings = resolve_deepspeed(config, groups.world_size, model.config.get_text_config().hidden_size)
+    settings = resolve_deepspeed(
+        config, groups.world_size, model.config.get_text_config().hidden_size, is_given=is_given
+    )
     model.to(compute_dtype(config))
     head = describe_head(model)
     prepare_gradients(model)
@@ -105,12 +124,20 @@ def build_student(
     partitions.moe_leaf_modules(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = None if "optimizer" in settings else build_optimizer(model, config)
+    if given_optimizer is not None:
+        check_given(given_optimizer, model)
+    optimizer = None if "optimizer" in settings else given_optimizer or build_optimizer(model, config)
+
+    def make_schedule(basic_optimizer: torch.optim.Optimizer) -> Any:
+        if schedule is not None:
+            return given_schedule(schedule, basic_optimizer, config)
+        return build_schedule(basic_optimizer, config, num_steps)
+
     engine, *_ = deepspeed.initialize(
         model=HiddenStates(model),
         optimizer=optimizer,
         model_parameters=parameter_groups(model, config.weight_decay) if optimizer is None else None,
-        lr_scheduler=lambda basic_optimizer: build_schedule(basic_optimizer, config, num_steps),
+        lr_scheduler=make_schedule,
         config=settings,
     )
     student = Student(model, engine, StudentHead(head, groups, shared_vocab_size, engine.device))
@@ -132,28 +159,3 @@ def prepare_gradients(model: nn.Module) -> None:
         raise ValueError("every parameter of the student is frozen (requires_grad=False): nothing could be trained")
     if head.bias is not None and head.bias.requires_grad and not head.weight.requires_grad:
         raise ValueError("the student's head is frozen and its bias is not: freeze both, or neither")
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norm weights do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if len(partitions.full_shape(p)) >= 2]
-    vectors = [p for p in trainable if len(partitions.full_shape(p)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(model: nn.Module, config: GKDConfig) -> torch.optim.Optimizer:
-    """AdamW over fp32 master weights; the DeepSpeed JSON's `optimizer` block, where there is one, replaces it."""
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=betas, eps=config.adam_epsilon
-    )
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: GKDConfig, num_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' schedule of that name, with warm-up."""
-    warmup = config.get_warmup_steps(num_steps)
-    return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)

@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.optim.lr_scheduler import LambdaLR
 
 from engine.errors import CheckpointError
 
@@ -282,12 +283,14 @@ def own_settings(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     one. In the universal format, every group even gets the settings of the first, so that norms and biases would decay.
     """
     optimizer, schedule = engine.optimizer.optimizer, engine.lr_scheduler
-    kept = ("params", "step")  # FusedAdam counts steps in its groups as well
+    # FusedAdam counts steps in its groups as well; where torch's kernels expect their step counts follows from the rest
+    kept = ("params", "step", "fused", "foreach", "capturable")
     own = [{key: value for key, value in group.items() if key not in kept} for group in optimizer.param_groups]
-    base_lrs = list(schedule.base_lrs)
+    base_lrs = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else []
     yield
-    schedule.base_lrs = base_lrs
-    schedule._last_lr = [rate * at(schedule.last_epoch) for rate, at in zip(base_lrs, schedule.lr_lambdas, strict=True)]
+    if isinstance(schedule, LambdaLR):
+        schedule.base_lrs = base_lrs
+        schedule._last_lr = [r * at(schedule.last_epoch) for r, at in zip(base_lrs, schedule.lr_lambdas, strict=True)]
     for group, values, rate in zip(optimizer.param_groups, own, schedule.get_last_lr(), strict=True):
         group.update(values | {"lr": rate})
 
@@ -305,6 +308,6 @@ def load_universal_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -
     finally:
         engine._config.load_universal_checkpoint = False
     for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state["step"]):
+        if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
     return client_state

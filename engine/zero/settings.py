@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 from engine.config import GKDConfig
+from engine.config.optimizers import optimizer_arguments, optimizer_kind
 from engine.zero.deepspeed_json import expand_nvme_paths, read_json
 
 # What a run uses when no DeepSpeed JSON is given; `ds_configs/zero3.json` and `teacher_zero3.json` say the same.
@@ -58,6 +59,10 @@ OPTIMIZERS: dict[str, tuple[str, str]] = {
     "Muon": ("lr betas eps weight_decay", "adam_lr adam_w_mode momentum muon_lr ns_method per_head_muon torch_adam"),
     "SGD": ("lr weight_decay", "dampening momentum nesterov"),
 }
+# What an `optim` is as a block, by kind.
+BLOCK_OF = {"adamw": "AdamW", "fused_adam": "AdamW", "lion": "Lion", "muon": "Muon", "sgd": "SGD"}
+BUILT_BY_DEEPSPEED = ("fused_adam", "muon")  # whatever the JSON says
+ON_CPU = ("adamw", "fused_adam", "lion")  # kinds that DeepSpeed has a CPU optimizer of
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
@@ -70,10 +75,13 @@ def read_deepspeed(value: Any, field_name: str = "deepspeed") -> dict[str, Any]:
     return copy.deepcopy(DEFAULT_DEEPSPEED) if value is None else read_json(value, field_name)
 
 
-def resolve_deepspeed(config: GKDConfig, world_size: int, hidden_size: int | None = None) -> dict[str, Any]:
+def resolve_deepspeed(
+    config: GKDConfig, world_size: int, hidden_size: int | None = None, is_given: bool = False
+) -> dict[str, Any]:
     """The student's DeepSpeed settings with every `"auto"` filled from `config`.
 
-    `hidden_size` fills the bucket sizes as Hugging Face does; without it they keep DeepSpeed's defaults.
+    `hidden_size` fills the bucket sizes as Hugging Face does; without it they keep DeepSpeed's defaults. `is_given`:
+    the caller has an optimizer of their own. There is an `optimizer` block where DeepSpeed is to build it.
 
     Raises:
         ValueError: where the JSON is not ZeRO stage 3, or sets a value that differs from the config's.
@@ -94,7 +102,7 @@ def resolve_deepspeed(config: GKDConfig, world_size: int, hidden_size: int | Non
         "bf16.enabled": (config.bf16, "bf16"),
     }
     fill(settings, ours)
-    _resolve_optimizer(settings, config)
+    _resolve_optimizer(settings, config, is_given)
     _drop_scheduler(settings, config)
     fill_bucket_sizes(settings, hidden_size)
     _leave_to_deepspeed(settings, "deepspeed")
@@ -125,16 +133,20 @@ def drop_fp16(settings: dict[str, Any], name: str) -> None:
         raise ValueError(f"{name}: `fp16.enabled` is not supported; use the field `bf16`, or fp32 with --bf16 false")
 
 
-def _resolve_optimizer(settings: dict[str, Any], config: GKDConfig) -> None:
-    """Fill the parameters of an `optimizer` block that its optimizer takes; without a block, see below."""
-    zero = settings["zero_optimization"]
-    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if not settings.get("optimizer"):
-        # Unless told otherwise, DeepSpeed refuses torch's AdamW beside offload; Hugging Face then takes its CPU Adam.
+def _resolve_optimizer(settings: dict[str, Any], config: GKDConfig, is_given: bool) -> None:
+    """Fill the parameters of an `optimizer` block that its optimizer takes; make or leave out a block by `optim`."""
+    if settings.get("optimizer"):
+        _check_block(settings["optimizer"], config, is_given)
+    else:
         settings.pop("optimizer", None)
-        if not offloads or settings.get("zero_force_ds_cpu_optimizer") is False:
+        if not _needs_block(settings, config, is_given):
+            settings["zero_allow_untested_optimizer"] = True  # the engine's own tests have it
             return
-        settings["optimizer"] = {"type": "AdamW"}
+        params = optimizer_arguments(config.optim, config.optim_args)
+        kind = optimizer_kind(config.optim)
+        if kind == "muon":  # the rest of the weights by torch's AdamW, which is not compiled first
+            params |= {"torch_adam": True}
+        settings["optimizer"] = {"type": BLOCK_OF[kind], "params": params}
     block = settings["optimizer"]
     names = {name.lower(): name for name in OPTIMIZERS}
     given = str(block.get("type", ""))
@@ -158,6 +170,46 @@ def _resolve_optimizer(settings: dict[str, Any], config: GKDConfig) -> None:
     fill(settings, {f"optimizer.params.{key}": values[key] for key in filled})
     if name == "Muon":
         fill(settings, {"zero_optimization.reduce_scatter": (False, "optimizer.type=Muon")})
+
+
+def _needs_block(settings: dict[str, Any], config: GKDConfig, is_given: bool) -> bool:
+    """Whether DeepSpeed builds the optimizer, where the JSON has no block: its own kinds, and CPU Adam beside offload,
+    which it demands unless told otherwise, as Hugging Face's integration does."""
+    kind, force = optimizer_kind(config.optim), settings.get("zero_force_ds_cpu_optimizer")
+    if kind in BUILT_BY_DEEPSPEED and not is_given:
+        return True
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none" or force is False:
+        return False
+    if kind in ON_CPU and not is_given:
+        return True
+    if force is True:
+        what = "the optimizer that was handed over" if is_given else f"optim={config.optim}"
+        raise ValueError(
+            f"deepspeed `zero_force_ds_cpu_optimizer`=true: {what} is none of DeepSpeed's CPU optimizers; set it to "
+            "false, or use adamw_torch"
+        )
+    settings["zero_force_ds_cpu_optimizer"] = False
+    return False
+
+
+def _check_block(block: dict[str, Any], config: GKDConfig, is_given: bool) -> None:
+    """ValueError where the JSON's `optimizer` block, and another choice of optimizer, are both there."""
+    kind = str(block.get("type", ""))
+    if is_given:
+        raise ValueError(f"deepspeed `optimizer.type`={kind!r}, and an optimizer was handed over: take one of them out")
+    is_default = config.optim == GKDConfig.options()["optim"].default
+    if not is_default and BLOCK_OF.get(optimizer_kind(config.optim), "").lower() not in (
+        kind.lower(),
+        f"{kind}w".lower(),
+    ):
+        raise ValueError(
+            f"deepspeed `optimizer.type`={kind!r} contradicts the config: `optim` is {config.optim}. Remove the block, "
+            "or make the two equal"
+        )
+    if config.optim_args:
+        raise ValueError(
+            f"optim_args={config.optim_args!r}: the `deepspeed` JSON has an `optimizer` block; put it into its `params`"
+        )
 
 
 def _drop_scheduler(settings: dict[str, Any], config: GKDConfig) -> None:

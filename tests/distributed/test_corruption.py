@@ -64,7 +64,7 @@ def find(output_dir: str, wanted: str) -> tuple[str | None, str, str]:
     found, error = None, ""
     try:
         fields = {"output_dir": output_dir, "per_device_train_batch_size": 2, "resume_from_checkpoint": wanted}
-        found = find_resumption(GKDConfig(**fields))
+        found = find_resumption(GKDConfig(**fields), "torch.optim.AdamW")
     except ValueError as raised:
         error = str(raised)
     logger.removeHandler(handler)
