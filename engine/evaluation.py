@@ -17,6 +17,10 @@ from engine.teacher.interface import Teacher
 
 Batches: TypeAlias = list[list[Sample]]
 
+METRICS = tuple(
+    name
+    for name in ("divergence", "perplexity", "acceptance", "top1_agreement", "divergence_on_policy", "mean_length")
+)
 NOTHING = Sample(prompt_ids=[0], input_ids=[0], response_mask=[False], index=-1)  # fills a rank's missing batch
 
 
@@ -56,6 +60,11 @@ class Evaluator:
     ) -> None:
         self.sets, self.objective, self.rollout = sets, objective, rollout
         self.student, self.teacher = student, teacher
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the metrics that `run` gives."""
+        return tuple("/".join(filter(None, ("eval", name, metric))) for name in self.sets for metric in METRICS)
 
     def run(self) -> Evaluation:
         """Samples use the same seeds every time, so that two evaluations differ by the student alone."""

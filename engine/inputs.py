@@ -95,7 +95,8 @@ class Reader:
         read = Read(shared_vocab_size, self._tokenizer(shared_vocab_size))
         if self.wants_evaluation and inputs.train_dataset is not None and inputs.eval_dataset is None:
             raise ValueError(
-                "eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: pass both"
+                "eval_strategy, eval_steps or eval_on_start is set, and train_dataset= came without eval_dataset=: "
+                "pass both"
             )
         if self.train:
             self._check_export(student_config, read.tokenizer)
@@ -112,7 +113,7 @@ class Reader:
 
     @property
     def wants_evaluation(self) -> bool:
-        return not self.train or self.config.eval_steps is not None or self.config.eval_on_start
+        return not self.train or self.config.eval_strategy != "no" or self.config.eval_on_start
 
     def _model_config(self, model: nn.Module | None, name: str | None, field_name: str) -> Any:
         """The model's configuration, after the check that its class can be used."""
@@ -143,6 +144,8 @@ class Reader:
         split = self.config.dataset_train_split
         rows = self._rows(self.inputs.train_dataset, split, read)
         read.data = StepData(rows, self.config, self.world_size, self.rank)
+        if not read.data.has_length:
+            check_has_no_epochs(self.config)
         read.num_rows["train"] = split, len(rows) if isinstance(rows, MapRows) else None
         read.num_steps = count_steps(self.config, read.data)
 
@@ -231,6 +234,14 @@ def longest_row(config: GKDConfig) -> int:
     """Most tokens that a micro-batch packs into one row."""
     train = config.per_device_train_batch_size * config.num_generations * config.teacher_tp_size  # scored together
     return config.max_length * max(train, config.per_device_eval_batch_size)
+
+
+def check_has_no_epochs(config: GKDConfig) -> None:
+    """Raise ValueError where something is to happen at the end of an epoch, which a stream does not have."""
+    names = ("logging_strategy", "eval_strategy", "save_strategy")
+    given = [name for name in names if getattr(config, name) == "epoch"]
+    if given:
+        raise ValueError(f"{', '.join(given)}: epoch, and a stream has no epochs: use steps")
 
 
 def count_steps(config: GKDConfig, data: StepData) -> int:

@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import TrainOutput
 
 from engine.assembly import Run
+from engine.best import Best, missing_metric
 from engine.callbacks import Callbacks
 from engine.checkpoint import run_folder
 from engine.checkpoint.checkpoint import TrainState
+from engine.checkpoint.manifest import verify
+from engine.cluster.agreement import raise_together
 from engine.cluster.collectives import draw_seed, shared_uniform
 from engine.cluster.signals import MAX_MINUTES, Due, Watch
 from engine.data.batch import PackedBatch, Sample, pack
-from engine.evaluation import Evaluation
+from engine.errors import CheckpointError
+from engine.evaluation import Evaluation, script_names
 from engine.loss.values import TokenValues
 from engine.publication import Publication
 from engine.tracking.bad_steps import sample_rows
@@ -50,9 +54,10 @@ class Loop:
         self.watch = Watch(self.config, run.device)
         self.stopped_by: str | None = None
         self.is_last = False
-        self.losses: list[float] = []  # of the steps of this process
+        self.has_begun = False
         self._evaluated_step: int | None = None
         self.callbacks = Callbacks(callbacks, run)
+        self.best = Best(self.config)
         self.publication = Publication(run)
 
     def train(self) -> TrainOutput:
@@ -60,31 +65,28 @@ class Loop:
 
         Returns the last step, the mean loss of the steps taken, and how fast they were.
         """
-        started_s = time.time()
+        self.has_begun = True
         with self.watch:
             self._open()
             self._train()
             if self.stopped_by is None:
                 self._finish()
-            metrics = self._summary(started_s)
-            self.callbacks.train_end(metrics)
+            if self.stopped_by is not None:
+                self.callbacks.log_training()
+            self.callbacks.train_end()
             self.tracker.finish()
-        return TrainOutput(self.state.step, metrics["train_loss"], metrics | {"epoch": self.callbacks.state.epoch})
-
-    def _summary(self, started_s: float) -> dict[str, float]:
-        """transformers' figures of a whole call of `train`."""
-        num_steps = len(self.losses)
-        num_rows = num_steps * self.config.global_batch(self.run.world_size)
-        speed = speed_metrics("train", started_s, num_samples=num_rows, num_steps=num_steps)
-        return speed | {"train_loss": sum(self.losses) / max(num_steps, 1)}
+        metrics = self.callbacks.train_metrics
+        return TrainOutput(self.state.step, metrics["train_loss"], {**metrics, "epoch": self.callbacks.state.epoch})
 
     def _open(self) -> None:
         """Resume, and open the record."""
         run, config = self.run, self.config
+        raise_together(self._unknown_metric())
         if run.resume_from is not None:
             self.state = run.checkpoints.load(run.resume_from, run.student.engine)
             self.state.started = run.started
             self.rollouts = run.checkpoints.load_rollouts(run.resume_from)
+            self.callbacks.restore(run.resume_from.path)
         elif config.overwrite_output_dir and self.state.step == 0:
             if run.rank == 0:
                 run_folder.clear(Path(config.output_dir))
@@ -93,29 +95,39 @@ class Loop:
         self.tracker = Tracker(config, Path(config.output_dir), run.rank == 0, self.state.run_id, extra)
         self.state.run_id = self.tracker.run_id
         self.tracker.begin(self.state.step, run.num_steps)
-        self.callbacks.train_begin(self.state.step)
+        self.callbacks.train_begin(self.state)
         if config.eval_on_start and self.state.step == 0:
             self.tracker.log(0, self._evaluate())
+        if self.state.owes_evaluation and self.state.step < run.num_steps:
+            self._evaluate_saved_step()
+
+    def _unknown_metric(self) -> str | None:
+        """What is wrong with `metric_for_best_model`, as far as that can be known before an evaluation."""
+        name, evaluator = self.best.name, self.run.evaluator
+        if name is None or evaluator is None or self.callbacks.can_add_metrics():
+            return None
+        known = script_names(dict.fromkeys(evaluator.names, 0.0))
+        return None if name in known else missing_metric(name, known)
 
     def _train(self) -> None:
         while self.state.step < self.run.num_steps and not self.is_last and self.stopped_by is None:
             self.callbacks.step_begin()
             metrics = self._train_step()
-            self.callbacks.step_end(self.state.step)
+            self.callbacks.step_end(metrics["train/loss"])
             self._close_step(metrics)
 
     def _close_step(self, metrics: dict[str, float]) -> None:
         """Log, evaluate and save, where that is due. Then what callbacks wished meanwhile: another save, or the end."""
         step, due = self.state.step, self._agree()
-        self.losses.append(metrics["train/loss"])
         if due.log:
-            self.callbacks.log(metrics)
+            self.callbacks.log_step(metrics)
         evaluates = due.evaluate and not self.is_last and self.stopped_by is None
+        self.state.owes_evaluation = due.evaluate and not evaluates
         if evaluates:
             metrics |= self._evaluate()
         self.tracker.log(step, metrics, is_wanted=due.log)
         self.publication.note(step, metrics)
-        saves = self._save_is_due(due)
+        saves = self._save_is_due(due) or (evaluates and self.best.wants_save)
         if saves:
             self.save_checkpoint()
         if due.log or evaluates or saves:
@@ -134,26 +146,67 @@ class Loop:
 
     def _save_is_due(self, due: Due) -> bool:
         config = self.config
-        return due.save or (self.is_last and (config.save_steps is not None or config.save_minutes is not None))
+        by_steps = config.save_strategy == "epoch" or (
+            config.save_strategy == "steps" and config.save_steps is not None
+        )
+        return due.save or (self.is_last and (by_steps or config.save_minutes is not None))
 
     def _finish(self) -> None:
         """What follows the last step. A run that has got there before, and is resumed, does this alone."""
-        run, step = self.run, self.state.step
-        if run.evaluator:
-            if self._evaluated_step != step:
-                metrics = self._evaluate()
-                self.tracker.log(step, metrics)
-                self.publication.note(step, metrics)
-            due = self._agree()
-            if due.save and due.stop != MAX_MINUTES and run.checkpoints.saved_step != step:
-                self.save_checkpoint()
-            if self.stopped_by is not None:
-                return
-        final = Path(self.config.output_dir) / "final"
-        self.publication.export(final)
+        wants_evaluation = self.callbacks.evaluates_at_end or self.state.owes_evaluation
+        if self.run.evaluator and wants_evaluation and self._evaluated_step != self.state.step:
+            self._evaluate_saved_step()
+        elif self.run.evaluator:
+            self._save_late(self._agree())
+        if self.stopped_by is not None:
+            return
+        self.callbacks.log_training()
+        out = Path(self.config.output_dir) / run_folder.EXPORT
+        self.publication.export(out)
+        if self.config.load_best_model_at_end and self._load_best():
+            out = Path(self.config.output_dir) / run_folder.BEST
+            self.publication.export(out)
         if self.config.push_to_hub:
             self.callbacks.tell("on_push_begin")
-            self.publication.push(final, "End of training")
+            self.publication.push(out, "End of training")
+
+    def _evaluate_saved_step(self) -> None:
+        """Evaluate a step that may have its checkpoint already."""
+        state, checkpoints = self.state, self.run.checkpoints
+        metrics = self._evaluate()
+        self.tracker.log(state.step, metrics)
+        self.publication.note(state.step, metrics)
+        state.owes_evaluation = False
+        self._save_late(self._agree())
+        if checkpoints.saved_step == state.step and self.best.mark(state):
+            checkpoints.note_best(state)
+
+    def _save_late(self, due: Due) -> None:
+        """Save after an evaluation, where that is wanted and has not been done."""
+        wants = self.best.wants_save or (due.save and due.stop != MAX_MINUTES)
+        if wants and self.run.checkpoints.saved_step != self.state.step:
+            self.save_checkpoint()
+
+    def _load_best(self) -> bool:
+        """Take the weights of the best checkpoint; False where there is none. All ranks must call.
+
+        Raises:
+            CheckpointError: where it is damaged.
+        """
+        run, step = self.run, self.state.best_checkpoint
+        if step is None:
+            if run.rank == 0:
+                logger.warning("load_best_model_at_end: no checkpoint of an evaluated step, the weights stay the last")
+            return False
+        if step != self.state.step:
+            path = run.checkpoints.folder / f"step_{step}"
+            if problems := verify(path):
+                raise CheckpointError(f"the best checkpoint cannot be loaded: {'; '.join(problems)}")
+            run.checkpoints.load_weights(path, run.student.engine)
+        if run.rank == 0:
+            logger.info("the weights are those of step %d, the best: %s %s", step, self.best.name,
+                        self.state.best_checkpoint_metric)  # fmt: skip
+        return True
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -249,19 +302,28 @@ class Loop:
         with self.tracker.time("evaluation"):
             self.evaluations.append(self.run.evaluator.run())
         self._evaluated_step = self.state.step
-        self.run.student.note_metrics(self.evaluations[-1].metrics)
-        self.callbacks.evaluated(self.evaluations[-1].metrics)
-        return self.evaluations[-1].metrics
+        figures = self.evaluations[-1].metrics
+        metrics: dict[str, Any] = {**figures, **script_names(figures)}
+        self.run.student.note_metrics(metrics)
+        self.callbacks.evaluated(metrics)
+        if self.state.step > 0:
+            self.best.judge(metrics, self.state)
+        return figures
 
     def save_checkpoint(self) -> Path | None:
         """Write `checkpoints/step_<N>`; None where that failed and `save_on_error` is `warn`. All ranks must call."""
         run = self.run
         self.callbacks.control.should_save = False  # also where it fails
+        before = self.state.best_checkpoint_metric, self.state.best_checkpoint
+        self.best.mark(self.state)
+        trainer_state = self.callbacks.exported_state()
         with self.tracker.time("checkpoint"):
-            path = run.checkpoints.save(run.student.engine, self.state, run.parts, self.rollouts)
+            path = run.checkpoints.save(run.student.engine, self.state, run.parts, self.rollouts, trainer_state)
         self.watch.note_save()
-        if path is not None:
-            self.callbacks.tell("on_save")
+        if path is None:
+            self.state.best_checkpoint_metric, self.state.best_checkpoint = before
+        else:
+            self.callbacks.saved()
             if self.stopped_by is None and not self.is_last and self.publication.push_checkpoint(self.state.step):
                 self.callbacks.tell("on_push_begin")
         return path

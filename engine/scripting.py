@@ -116,7 +116,7 @@ class Scripting:
     def save_state(self) -> None:
         """Write `trainer_state.json` into the run folder, on rank 0."""
         if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(self.config.output_dir) / "trainer_state.json"))
+            self.callbacks.exported_state().save_to_json(str(Path(self.config.output_dir) / "trainer_state.json"))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -67,12 +67,12 @@ class GKDTrainer(Scripting):
             data_collator=data_collator, compute_metrics=compute_metrics, peft_config=peft_config,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics, formatting_func=formatting_func,
         )  # fmt: skip
-        callbacks = [check_callback(callback) for callback in callbacks or ()]
         if not isinstance(args, GKDConfig | None):
             raise ValueError(
                 f"args: {type(args).__module__}.{type(args).__name__} is not engine's GKDConfig: import both"
             )
         config = args.checked_copy() if args is not None else GKDConfig()  # the caller's stays as it is
+        callbacks = [check_callback(callback, config) for callback in callbacks or ()]
         if isinstance(model, str):
             config.model_name_or_path, model = expand_path(model, "model"), None
         if isinstance(teacher_model, str):
@@ -89,7 +89,7 @@ class GKDTrainer(Scripting):
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, or a class to make one of."""
-        self.callbacks.handler.add_callback(check_callback(callback))
+        self.callbacks.handler.add_callback(check_callback(callback, self.config))
 
     def pop_callback(self, callback: Any) -> Any:
         """Remove a callback, or the first one of a class, and return it; None where there is none."""
@@ -108,7 +108,7 @@ class GKDTrainer(Scripting):
         Raises:
             ValueError: where there is no such checkpoint, or the folder holds a run that nothing was said about.
         """
-        if self.loop.losses:
+        if self.loop.has_begun:
             raise ValueError(
                 "train() was called before: a trainer trains once. Build another one to go on from its model"
             )

@@ -23,7 +23,8 @@ WITHOUT_A_WORD = frozenset(
     """output_dir overwrite_output_dir run_name report_to project wandb_project wandb_entity wandb_group wandb_tags
     wandb_mode logging_strategy logging_steps logging_first_step log_completions_steps disable_tqdm log_level
     log_level_replica eval_strategy eval_steps eval_delay eval_on_start eval_max_samples save_strategy save_steps
-    save_minutes save_total_limit save_only_model save_on_error max_minutes resume_from_checkpoint allow_data_change
+    save_minutes save_total_limit save_only_model save_on_error load_best_model_at_end
+    restore_callback_states_from_checkpoint max_minutes resume_from_checkpoint allow_data_change
     timeout_s prepare_timeout_s do_train do_eval do_predict push_to_hub hub_model_id hub_strategy hub_private_repo
     hub_always_push hub_revision dataset_name dataset_config dataset_train_split dataset_test_split dataset_num_proc
     trust_remote_code attn_implementation per_device_train_batch_size per_device_eval_batch_size

@@ -12,13 +12,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from transformers import TrainerState
 
 from engine.checkpoint.changes import optimizer_name
 from engine.checkpoint.elastic import (
@@ -48,6 +49,8 @@ from engine.zero import partitions
 
 logger = logging.getLogger(__name__)
 
+TRAINER_STATE = "trainer_state.json"  # transformers' name
+
 
 @dataclass
 class TrainState:
@@ -61,6 +64,10 @@ class TrainState:
         run_id: the tracker's id of the run.
         bad_steps: steps whose update was dropped, as loss or gradient was not finite.
         bad_steps_in_a_row: those of them since the last good step.
+        loss_sum, loss_steps: finite losses of the steps since the last log, and their number.
+        owes_evaluation: whether the evaluation of this step is due, and a signal came before it.
+        best_metric, best_step: the best of all evaluations, and its step; None before the first.
+        best_checkpoint_metric, best_checkpoint: the same of the steps that have a checkpoint.
     """
 
     step: int = 0
@@ -71,6 +78,18 @@ class TrainState:
     run_id: str | None = None
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    owes_evaluation: bool = False
+    best_metric: float | None = None
+    best_step: int | None = None
+    best_checkpoint_metric: float | None = None
+    best_checkpoint: int | None = None
+
+
+def metric_of(fields: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a configuration takes for better."""
+    return fields.get("metric_for_best_model"), fields.get("greater_is_better")
 
 
 class Checkpoints:
@@ -89,9 +108,10 @@ class Checkpoints:
         state: TrainState,
         model_parts: list[Any],
         rollouts: list[list[Sample]] | None,
+        trainer_state: TrainerState,
     ) -> Path | None:
         """Write `step_<N>`. `model_parts` (config, tokenizer: whatever has `save_pretrained`) go into its `hf` folder,
-        rollouts that later steps still train on into one file per rank.
+        rollouts that later steps still train on into one file per rank, transformers' state into `trainer_state.json`.
 
         None where it could not be written and `save_on_error` is `warn`.
 
@@ -100,7 +120,7 @@ class Checkpoints:
         """
         hidden = self.folder / f".saving_step_{state.step}"
         try:
-            path = self._write(hidden, engine, state, model_parts, rollouts)
+            path = self._write(hidden, engine, state, model_parts, rollouts, trainer_state)
         except CheckpointError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -120,6 +140,7 @@ class Checkpoints:
         state: TrainState,
         model_parts: list[Any],
         rollouts: list[list[Sample]] | None,
+        trainer_state: TrainerState,
     ) -> Path:
         name = f"step_{state.step}"
         record = self._record(state)
@@ -131,9 +152,10 @@ class Checkpoints:
             if is_main:
                 (hidden / "hf").mkdir(parents=True)
                 save_parts(model_parts, hidden / "hf")
+                trainer_state.save_to_json(str(hidden / TRAINER_STATE))
 
         def write() -> None:
-            partitions.save_checkpoint(engine, hidden, {"train_state": record})
+            partitions.save_checkpoint(engine, hidden)
             if rollouts is not None:
                 rows = [[dataclasses.asdict(sample) for sample in batch] for batch in rollouts]
                 (hidden / f"rollouts_{dist.get_rank()}.json").write_text(json.dumps(rows))
@@ -144,7 +166,7 @@ class Checkpoints:
                 publish(hidden, self.folder / name)
                 write_durably(self.folder / "latest", name)
                 remove_universal_copies(self.folder)
-                self._prune(keep=name)
+                self._prune({name, f"step_{state.best_checkpoint}"})
 
         def flush() -> dict[str, list]:
             return flushed_digests(hidden, share(list_files(hidden)))
@@ -169,12 +191,23 @@ class Checkpoints:
             "config": config.to_dict(),
         }
 
-    def _prune(self, keep: str) -> None:
+    def note_best(self, state: TrainState) -> None:
+        """Write into the checkpoint of this step that it is the best, which it was not known to be when written."""
+
+        def write() -> None:
+            if dist.get_rank() == 0:
+                path = self.folder / f"step_{state.step}" / MANIFEST
+                manifest = json.loads(path.read_text()) | dataclasses.asdict(state)
+                write_durably(path, json.dumps(manifest, indent=1, default=str))
+
+        self._together(f"step_{state.step}: cannot be marked as the best", write)
+
+    def _prune(self, keep: set[str]) -> None:
         if self.config.save_total_limit is None:
             return
         complete = [path for path in saved_checkpoints(self.folder) if read_manifest(path) is not None]
         for old in complete[self.config.save_total_limit :]:
-            if old.name != keep:
+            if old.name not in keep:
                 shutil.rmtree(old)
 
     def load(self, found: Resumption, engine: deepspeed.DeepSpeedEngine) -> TrainState:
@@ -183,17 +216,35 @@ class Checkpoints:
         Raises:
             ValueError, CheckpointError: as `universal_copy`, which is used where another layout wrote it.
         """
-        path, manifest, layout = found.path, found.manifest, zero_layout(self.config, dist.get_world_size())
+        manifest = found.manifest
+        self.load_weights(found.path, engine)
+        self.saved_step = manifest["step"]
+        state = TrainState(**{f.name: manifest[f.name] for f in dataclasses.fields(TrainState) if f.name in manifest})
+        if found.begins_data_anew:
+            state.batches = state.answered_batches = 0
+        if metric_of(manifest["config"]) != metric_of(self.config.to_dict()):
+            state.best_metric = state.best_step = None
+            state.best_checkpoint_metric = state.best_checkpoint = None
+        best = state.best_checkpoint
+        if best is not None and read_manifest(self.folder / f"step_{best}") is None:
+            if dist.get_rank() == 0:
+                logger.warning(
+                    "%s has no step_%d, the best checkpoint so far: the best to come counts", self.folder, best
+                )
+            state.best_checkpoint_metric = state.best_checkpoint = None
+        return state
+
+    def load_weights(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Weights, optimizer and schedule of a checkpoint into the engine. Raises as `load`."""
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise CheckpointError(f"{path} is not a complete checkpoint")
+        layout = zero_layout(self.config, dist.get_world_size())
         if {"bf16": manifest["config"]["bf16"], **manifest["layout"]} == layout:
-            client_state = partitions.load_checkpoint(engine, path)
+            partitions.load_checkpoint(engine, path)
         else:
             copy = universal_copy(path, manifest, layout, self.folder)
-            client_state = partitions.load_universal_checkpoint(engine, copy / UNIVERSAL_TAG)
-        record = client_state["train_state"]
-        self.saved_step = record["step"]
-        if found.begins_data_anew:
-            record["batches"] = record["answered_batches"] = 0
-        return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState) if f.name in record})
+            partitions.load_universal_checkpoint(engine, copy / UNIVERSAL_TAG)
 
     def load_rollouts(self, found: Resumption) -> list[list[Sample]] | None:
         """This rank's rollouts, where the checkpoint fell between two steps that share them and still are to."""

@@ -19,7 +19,7 @@ from engine.config import GKDConfig
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, METRICS, EXPORT = "checkpoints", "metrics.jsonl", "final"
+CHECKPOINTS, METRICS, EXPORT, BEST = "checkpoints", "metrics.jsonl", "final", "best"
 ADVICE = "--overwrite_output_dir starts anew and removes them, another output_dir keeps them"
 
 
@@ -29,9 +29,7 @@ def results_of_a_run(folder: Path) -> list[str]:
     found = [f"{CHECKPOINTS}/step_{steps[-1]}" + (f" and {len(steps) - 1} more" if steps[1:] else "")] if steps else []
     if has_trained(folder / METRICS):
         found.append(METRICS)
-    if (folder / EXPORT).is_dir() and any((folder / EXPORT).iterdir()):
-        found.append(EXPORT)
-    return found
+    return found + [name for name in (EXPORT, BEST) if (folder / name).is_dir() and any((folder / name).iterdir())]
 
 
 def has_trained(metrics: Path) -> bool:
@@ -88,7 +86,7 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run left, and say so; files that no run wrote stay."""
     owned: list[Iterable[Path]] = [
         (folder / CHECKPOINTS).glob("step_*"), (folder / CHECKPOINTS).glob(".*"),
-        [folder / CHECKPOINTS / "latest", folder / METRICS, folder / EXPORT],
+        [folder / CHECKPOINTS / "latest", folder / METRICS, folder / EXPORT, folder / BEST],
         (folder / "tables").glob("*.jsonl"), (folder / "bad_steps").glob("step_*.jsonl"),
     ]  # fmt: skip
     removed = results_of_a_run(folder)

@@ -164,6 +164,14 @@ def _best_model() -> Iterator[Rule]:
         ),
     )
     yield Rule(
+        ("metric_for_best_model", "greater_is_better"),
+        lambda c: c.metric_for_best_model is None or c.greater_is_better is not None,
+        lambda c: (
+            f"metric_for_best_model={c.metric_for_best_model!r}: its name does not tell which way is better: "
+            "set greater_is_better"
+        ),
+    )
+    yield Rule(
         ("eval_strategy", "save_strategy"),
         lambda c: c.save_strategy != "best" or c.eval_strategy != "no",
         lambda c: "save_strategy=best goes by evaluations: set eval_strategy to steps or epoch",

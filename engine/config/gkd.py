@@ -148,7 +148,7 @@ class GKDConfig(
         ):
             self.metric_for_best_model = "loss"
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+            self.greater_is_better = is_more_better(self.metric_for_best_model)
 
     @property
     def has_eval_strategy(self) -> bool:
@@ -236,6 +236,13 @@ class GKDConfig(
             if not option.is_secret and getattr(self, name) != option.default
         )
         return f"GKDConfig({', '.join(shown)})"
+
+
+def is_more_better(metric: str) -> bool | None:
+    """Whether more of an evaluation's metric is better, by its name; None where neither is."""
+    if metric.endswith("mean_length"):
+        return None
+    return not metric.endswith(("loss", "divergence", "divergence_on_policy", "perplexity"))
 
 
 def nearest(name: Any, kind: type[GKDConfig] = GKDConfig) -> str:

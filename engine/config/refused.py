@@ -49,9 +49,6 @@ class RefusedFields:
     ignore_data_skip: bool = option(
         False, "A resumed run goes on in its rows: use `allow_data_change` to begin the data anew."
     )
-    restore_callback_states_from_checkpoint: bool = option(
-        False, "Callbacks begin anew: let yours write its state on `on_save`, and read it on `on_train_begin`."
-    )
     label_names: list[str] | None = option(
         None, "What is learnt follows from the columns: rename yours as engine/data/README.md says."
     )

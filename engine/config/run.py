@@ -49,6 +49,9 @@ class RunFields:
         None, "Minutes of wall-clock time after which the run saves and ends; unset: no limit."
     )
     max_bad_steps: int = option(5, "Steps in a row without a finite loss and gradient that end the run.")
+    restore_callback_states_from_checkpoint: bool = option(
+        False, "On resume, callbacks that are `ExportableState` have the state that they had at the checkpoint."
+    )
     timeout_s: int = option(600, "Seconds after which a collective without an answer ends the run.")
     prepare_timeout_s: int = option(
         7200, "Seconds to wait for the first rank of a host to download models and read the data."
@@ -115,7 +118,7 @@ class EvaluationFields:
         None, "Metric of an evaluation that tells the best checkpoint; unset: the loss, where it is asked for."
     )
     greater_is_better: bool | None = option(
-        None, "Whether more of that metric is better; unset: unless its name ends in `loss`."
+        None, "Whether more of that metric is better; unset: by its name, less of a loss, divergence or perplexity."
     )
     save_strategy: str = option("steps", "When to write a checkpoint.", choices=(*STRATEGIES, "best"))
     save_steps: float | None = option(500, "Steps between checkpoints, below 1 a share of all; unset: none.")

@@ -20,16 +20,15 @@ FORMATS = {
 }
 
 
-def is_line_due(step: int, first_step: int, total_steps: int, logging_steps: float) -> bool:
-    """Whether a step is logged: every `logging_steps`, the first after `first_step`, and the last."""
-    return step % logging_steps == 0 or step in (first_step + 1, total_steps)
-
-
 class Progress:
-    """Shows steps `first_step + 1` to `total_steps`; lines come where `is_line_due`."""
+    """Shows steps `first_step + 1` to `total_steps`: lines come where somebody wants them.
 
-    def __init__(self, first_step: int, total_steps: int, logging_steps: float, has_bar: bool = True) -> None:
-        self.first_step, self.total_steps, self.logging_steps = first_step, total_steps, logging_steps
+    With `has_ends` the first and the last step have one as well.
+    """
+
+    def __init__(self, first_step: int, total_steps: int, has_ends: bool = True, has_bar: bool = True) -> None:
+        self.first_step, self.total_steps = first_step, total_steps
+        self._ends = (first_step + 1, total_steps) if has_ends else ()
         self._start_s = time.perf_counter()
         self._bar: tqdm | None = None
         self._out = lines_out()
@@ -37,13 +36,12 @@ class Progress:
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", file=self._out, dynamic_ncols=True)
 
     def show(self, step: int, metrics: Mapping[str, Any], is_wanted: bool = False) -> None:
-        """`is_wanted`: whether somebody asked for this step's line, whenever lines are due."""
         if "train/loss" in metrics:
             figures = [text.format(metrics[name]) for name, text in FORMATS.items() if metrics.get(name) is not None]
             if self._bar is not None:
                 self._bar.set_postfix_str(" | ".join(figures), refresh=False)
                 self._bar.update(step - self._bar.n)
-            elif is_wanted or is_line_due(step, self.first_step, self.total_steps, self.logging_steps):
+            elif is_wanted or step in self._ends:
                 self._print(" | ".join([self._place(step), *figures, *self._time_left(step)]))
         held_out = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         if held_out:

@@ -110,7 +110,8 @@ class Tracker:
         self._first_step = self._last_step = step
         self.rewind(step)
         if self.is_main:
-            self._progress = Progress(step, total_steps, self.config.logging_steps, not self.config.disable_tqdm)
+            has_ends = self.config.logging_strategy == "steps"
+            self._progress = Progress(step, total_steps, has_ends, not self.config.disable_tqdm)
 
     def rewind(self, step: int) -> None:
         """Drop what a run that got further than `step` has written, so that no step is there twice.
@@ -129,7 +130,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, Metric], is_wanted: bool = False) -> None:
         """Append a line to `metrics.jsonl`: `step`, `metrics`, and the seconds under `time` since the last call.
 
-        A second call for the same step joins its line. `is_wanted`: the console shows the step, whatever its number.
+        A second call for the same step joins its line. `is_wanted`: the console shows the step.
         """
         phases = {f"perf/{name}_s": seconds for name, seconds in self._phases.take().items()}
         if not self.is_main:

@@ -232,7 +232,7 @@ def count_gathered(model: nn.Module) -> int:
     return sum(p.ds_status == available and not p.ds_persist for p in model.parameters() if is_partitioned(p))
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, client_state: dict[str, Any]) -> None:
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
     """DeepSpeed's checkpoint in `folder`, without moving its `latest`. All ranks must call.
 
     `engine.save_checkpoint` has barriers, at which the other ranks would wait for one whose disk is full: its writes'
@@ -255,23 +255,22 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, client_stat
     writer = engine.checkpoint_engine
     writer.save, engine._copy_recovery_script = held_back(writer.save), held_back(engine._copy_recovery_script)
     try:
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     finally:
         del writer.save, engine._copy_recovery_script
     if errors:
         raise CheckpointError(f"{type(errors[0]).__name__}: {errors[0]}")
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Load DeepSpeed's own format, written at this world size; returns its client state. All ranks must call.
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """Load DeepSpeed's own format, written at this world size. All ranks must call.
 
     Weights, moments and the place in the schedule are the checkpoint's; rates, decays and the like stay this run's.
     """
     with own_settings(engine):
-        loaded, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed could not load it")
-    return client_state
 
 
 @contextmanager
@@ -295,8 +294,8 @@ def own_settings(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
         group.update(values | {"lr": rate})
 
 
-def load_universal_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Load DeepSpeed's universal format; returns its client state. All ranks must call.
+def load_universal_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """Load DeepSpeed's universal format. All ranks must call.
 
     deepspeed 0.19.8 (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`) gives every sub-group the same step tensor,
     which torch's AdamW then advances once per sub-group: that is put right here. The switch is the JSON's
@@ -304,10 +303,9 @@ def load_universal_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -
     """
     engine._config.load_universal_checkpoint = True
     try:
-        client_state = load_checkpoint(engine, folder)
+        load_checkpoint(engine, folder)
     finally:
         engine._config.load_universal_checkpoint = False
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
-    return client_state

@@ -64,7 +64,8 @@ def train_recorded(fields: dict) -> dict:
 @pytest.fixture(scope="module")
 def recorded(ranks, tmp_path_factory) -> tuple[Path, list[dict]]:
     fields = write_run_inputs(tmp_path_factory.mktemp("callbacks"), num_rows=14) | {
-        "max_steps": 5, "save_steps": None, "logging_steps": 2, "global_batch_size": 8, "lmbda": 0.0
+        "max_steps": 5, "save_steps": None, "logging_steps": 2, "logging_first_step": True, "global_batch_size": 8,
+        "lmbda": 0.0,
     }  # fmt: skip
     return Path(fields["output_dir"]), ranks(2).run(train_recorded, fields)
 
@@ -98,5 +99,6 @@ def test_callbacks_see_the_state(recorded):
     ]  # fmt: skip
     assert "train_loss" in result["logs"][-1]
     assert all({"train/loss", "eval/divergence", "train_loss"} & logs.keys() for logs in other["logs"])
+    assert [sorted(logs) for logs in other["logs"]] == [sorted(logs) for logs in result["logs"]]
     assert result["history"] == [1, 2, 3, 3] and result["max_steps"] == 5
     assert result["epoch"] == pytest.approx(24 / 14)  # three steps of 8 in 14 rows

@@ -4,7 +4,7 @@ import pytest
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
-from engine import GKDTrainer
+from engine import GKDConfig, GKDTrainer
 from engine.callbacks import check_callback
 
 
@@ -23,7 +23,15 @@ def test_an_event_that_never_comes_is_named(caplog):
         def on_optimizer_step(self, args, state, control, **kwargs):
             """Would look at gradients."""
 
-    check_callback(Gradients)
+    check_callback(Gradients, GKDConfig())
     assert "Gradients.on_optimizer_step is never called" in caplog.text
     caplog.clear()
-    assert isinstance(check_callback(ProgressCallback()), ProgressCallback) and not caplog.text
+    assert isinstance(check_callback(ProgressCallback(), GKDConfig()), ProgressCallback) and not caplog.text
+
+
+def test_early_stopping_needs_evaluations_and_a_metric():
+    stopping = EarlyStoppingCallback()
+    for fields in ({"eval_strategy": "steps"}, {"metric_for_best_model": "loss"}):
+        with pytest.raises(ValueError, match="set eval_strategy to steps or epoch, and metric_for_best_model"):
+            check_callback(stopping, GKDConfig(**fields))
+    assert check_callback(stopping, GKDConfig(eval_strategy="epoch", metric_for_best_model="loss")) is stopping

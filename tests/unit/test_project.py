@@ -51,7 +51,7 @@ ROOMS = (
     {"teacher", "rollout", "publish"},
     {"evaluation", "check", "inputs"},
     {"assembly"},
-    {"callbacks", "publication", "accelerator"},
+    {"best", "callbacks", "publication", "accelerator"},
     {"scripting"},
     {"loop"},
     {"trainer"},

@@ -95,4 +95,9 @@ def test_more_of_a_metric_is_better_unless_it_is_a_loss():
     assert GKDConfig(metric_for_best_model="eval_accuracy").greater_is_better is True
     assert GKDConfig(metric_for_best_model="eval_loss").greater_is_better is False
     assert GKDConfig(metric_for_best_model="eval_accuracy", greater_is_better=False).greater_is_better is False
+    for name in ("perplexity", "eval_divergence_on_policy", "eval_math_divergence"):
+        assert GKDConfig(metric_for_best_model=name).greater_is_better is False
+    assert GKDConfig(metric_for_best_model="eval_top1_agreement").greater_is_better is True
+    with pytest.raises(ValueError, match="mean_length.*set greater_is_better"):
+        GKDConfig(metric_for_best_model="mean_length")
     assert GKDConfig().metric_for_best_model is GKDConfig().greater_is_better is None

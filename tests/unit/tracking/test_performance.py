@@ -71,13 +71,20 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    progress = Progress(first_step=2, total_steps=6, logging_steps=100)
+    progress = Progress(first_step=2, total_steps=6)
     for step in (3, 4, 5, 6):
         progress.show(step, {"train/loss": 0.25, "eval/perplexity": 3.5} if step == 4 else {"train/loss": 0.5})
     progress.close()
     text = terminal.getvalue()
     assert "6/6" in text and "loss 0.5000" in text and "step 4/6 | eval/perplexity 3.5000" in text
     assert "step 3/6" not in text  # the bar says it
-    lines = Progress(first_step=2, total_steps=6, logging_steps=1, has_bar=False)
-    lines.show(3, {"train/loss": 0.5})
-    assert "step 3/6 | loss 0.5000" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("has_ends", "shown"), [(True, [3, 5, 6]), (False, [5])])
+def test_lines_are_of_the_ends_and_of_steps_that_are_wanted(monkeypatch, has_ends, shown):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    lines = Progress(first_step=2, total_steps=6, has_ends=has_ends, has_bar=False)
+    for step in (3, 4, 5, 6):
+        lines.show(step, {"train/loss": 0.5}, is_wanted=step == 5)
+    assert [int(line[5]) for line in terminal.getvalue().splitlines()] == shown

@@ -117,12 +117,12 @@ def test_metrics_that_cannot_be_written_stop_the_run(tmp_path):
         tracker.log(1, {"train/loss": 1.0})
 
 
-def test_console_prints_every_logging_steps_and_the_ends(tmp_path, capsys):
-    tracker = build_tracker(tmp_path, logging_steps=4)
+def test_console_prints_what_is_wanted_and_the_ends(tmp_path, capsys):
+    tracker = build_tracker(tmp_path)
     tracker.begin(0, total_steps=10)
     for step in range(1, 11):
         tracker.log(step, {"train/loss": 0.25, "train/divergence": 0.125, "train/grad_norm": 3.0, "train/lr": 1e-4,
-                           "perf/tokens_per_s": 99.6})  # fmt: skip
+                           "perf/tokens_per_s": 99.6}, is_wanted=step % 4 == 0)  # fmt: skip
     tracker.log(10, {"eval/perplexity": 12.5})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines] == [
