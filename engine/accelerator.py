@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from engine.cluster import hosts
 from engine.models.student import Student
@@ -65,6 +66,8 @@ class Accelerator:
         self.process_index, self.num_processes = dist.get_rank(), dist.get_world_size()
         self.local_process_index = hosts.local_rank()
         self.state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None)
+        if self.device.type == "cpu":  # else accelerate's own functions take such a process for the only one
+            PartialState(cpu=True)
 
     @property
     def is_main_process(self) -> bool:
