@@ -18,8 +18,7 @@ from engine.teacher.interface import Teacher
 Batches: TypeAlias = list[list[Sample]]
 
 METRICS = tuple(
-    name
-    for name in ("divergence", "perplexity", "acceptance", "top1_agreement", "divergence_on_policy", "mean_length")
+    name for name in ("divergence", "perplexity", "acceptance", "top1_agreement", "divergence_on_policy", "mean_length")
 )
 NOTHING = Sample(prompt_ids=[0], input_ids=[0], response_mask=[False], index=-1)  # fills a rank's missing batch
 

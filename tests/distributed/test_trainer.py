@@ -88,6 +88,19 @@ def test_train_goes_on_where_it_is_told_to(ranks, inputs, whole, copy, world_siz
     assert difference <= (0 if world_size == 2 else 1e-6)
 
 
+def test_log_history_has_what_trls_test_asks_for(ranks, inputs, tmp_path):
+    fields = inputs | {
+        "output_dir": str(tmp_path / "run"),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "logging_steps": 10,
+    }
+    history = ranks(2).run(work, fields)[0]["history"]
+    assert history[-1]["train_loss"] is not None
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4] and all(e["eval_loss"] > 0 for e in evaluations)
+
+
 def refused(fields: dict, resume) -> str:
     trainer = GKDTrainer(args=GKDConfig(**fields))
     with pytest.raises(ValueError) as raised:
