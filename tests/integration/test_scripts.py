@@ -5,6 +5,7 @@ The scripts in `scripts/` run with the real TRL as they are. A test changes the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -111,6 +112,7 @@ def hub():
         yield hub
 
 
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL's parser, for Python 3.11 or newer")
 @pytest.mark.parametrize("kind,num_ranks", AT)
 def test_trls_example_with_its_parser(inputs, tmp_path, hub: FakeHub, kind, num_ranks):
     """TrlParser, ScriptArguments, ModelConfig and LogCompletionsCallback are TRL's; the model lands on the hub."""
