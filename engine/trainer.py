@@ -15,6 +15,7 @@ from engine.config import GKDConfig
 from engine.evaluation import script_names
 from engine.inputs import Inputs
 from engine.loop import Loop
+from engine.loss.generalized_jsd import generalized_jsd_loss
 from engine.paths import expand_path
 from engine.scripting import Scripting
 
@@ -42,6 +43,8 @@ class GKDTrainer(Scripting):
     Raises:
         ValueError: for input that cannot work, before any weight is read where `args` names the models.
     """
+
+    generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
     def __init__(
         self,

@@ -76,7 +76,8 @@ class Divergence:
     """A kind of divergence.
 
     Attributes:
-        definition: log_p, log_q, spec -> [N] in nats, with ordinary autograd; -inf where both are masked.
+        definition: log_p, log_q, spec -> f of every id, [N, V] in nats, with ordinary autograd; the inputs are -inf
+            where both are masked.
         terms: log_q, log_p, q, p, spec -> f and u of the table above, element-wise, in fp32; LOG_ZERO where masked.
     """
 
@@ -91,17 +92,22 @@ def dense_divergence(
 
     Any float dtype; ids masked to -inf on both sides are allowed. `token_clip` applies, `sft_weight` does not.
     """
-    log_q = torch.log_softmax(student_logits_NV / spec.temperature, dim=-1)
-    log_p = torch.log_softmax(teacher_logits_NV / spec.temperature, dim=-1)
-    divergence_N = DIVERGENCES[spec.kind].definition(log_p, log_q, spec)
+    divergence_N = dense_terms(student_logits_NV, teacher_logits_NV, spec).sum(-1)
     return divergence_N if spec.token_clip is None else divergence_N.clamp(max=spec.token_clip)
 
 
+def dense_terms(student_logits: torch.Tensor, teacher_logits: torch.Tensor, spec: DivergenceSpec) -> torch.Tensor:
+    """What every id adds to its token's divergence, in nats, in the shape of the logits, [..., V]."""
+    log_q = torch.log_softmax(student_logits / spec.temperature, dim=-1)
+    log_p = torch.log_softmax(teacher_logits / spec.temperature, dim=-1)
+    return DIVERGENCES[spec.kind].definition(log_p, log_q, spec)
+
+
 def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    """KL(a||b), [N]; terms with a = 0 are zero, in the gradient too."""
+    """The terms of KL(a||b); those with a = 0 are zero, in the gradient too."""
     live = log_a > -math.inf
     log_ratio = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
-    return (torch.where(live, log_a, LOG_ZERO).exp() * log_ratio).sum(-1)
+    return torch.where(live, log_a, LOG_ZERO).exp() * log_ratio
 
 
 def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, weight_a: float) -> torch.Tensor:
@@ -170,7 +176,7 @@ DIVERGENCES = {
         lambda log_p, log_q, spec: _kl(log_q, _log_mixture(log_q, log_p, spec.alpha)), _skew_reverse_kl_terms
     ),
     "total_variation": Divergence(
-        lambda log_p, log_q, spec: (log_q.exp() - log_p.exp()).abs().sum(-1) / 2, _total_variation_terms
+        lambda log_p, log_q, spec: (log_q.exp() - log_p.exp()).abs() / 2, _total_variation_terms
     ),
 }
 if DIVERGENCES.keys() != set(DIVERGENCE_KINDS):
