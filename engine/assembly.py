@@ -27,6 +27,7 @@ from engine.cluster.agreement import from_main, together
 from engine.cluster.collectives import build_vocab_groups
 from engine.cluster.startup import init_distributed
 from engine.config import GKDConfig
+from engine.data.formatting import Format
 from engine.data.samples import StepData
 from engine.data.vocabulary import check_ids
 from engine.evaluation import Evaluator
@@ -174,13 +175,13 @@ def resume(run: Run, wanted: str | Path | bool) -> None:
     run.resume_from, run.problem = found, None
 
 
-def build_evaluator(run: Run, dataset: Any) -> Evaluator:
+def build_evaluator(run: Run, dataset: Any, formatting_func: Format | None) -> Evaluator:
     """An evaluator on other rows: a dataset, or a dict of them by name. All ranks must call.
 
     Raises:
         ValueError: for rows that cannot be used.
     """
-    inputs = Inputs(tokenizer=run.tokenizer, eval_dataset=dataset)
+    inputs = Inputs(tokenizer=run.tokenizer, eval_dataset=dataset, formatting_func=formatting_func)
     reader = Reader(run.config, inputs, False, run.rank, run.world_size, datetime.fromisoformat(run.started))
     read = Read(run.shared_vocab_size, run.tokenizer)
 

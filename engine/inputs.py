@@ -20,6 +20,7 @@ from engine.cluster.logs import bars_on_console
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.data.chat import stop_token_ids
+from engine.data.formatting import Format, formatted
 from engine.data.samples import StepData, build_rows, eval_batches
 from engine.data.selection import MapRows, StreamRows
 from engine.data.sources import has_split
@@ -48,7 +49,7 @@ class Inputs:
     train_dataset: Any = None
     eval_dataset: Any = None
     teacher_tokenizer: Any = None  # or a processor
-    formatting_func: Any = None  # makes a row of what a dataset has
+    formatting_func: Format | None = None  # makes a row of what a dataset has
     optimizer: Any = None  # over the weights of `model`
     scheduler: Any = None  # of that optimizer, or a function that makes one for an optimizer
 
@@ -136,6 +137,10 @@ class Reader:
 
     def _rows(self, data: Any, split: str, read: Read, label: str | None = None) -> MapRows | StreamRows:
         with bars_on_console():
+            if self.inputs.formatting_func is not None:
+                if data is None:
+                    raise ValueError("formatting_func= goes with train_dataset= and eval_dataset=: pass the datasets")
+                data = formatted(data, self.inputs.formatting_func)
             rows = build_rows(data, read.tokenizer, self.config, split, self.rank, self.now, read.shared_vocab_size)
         read.fingerprints[label or split] = rows.fingerprint
         return rows

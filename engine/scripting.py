@@ -19,6 +19,7 @@ from engine.assembly import Run
 from engine.callbacks import Callbacks
 from engine.config import GKDConfig
 from engine.publication import Publication
+from engine.publish.card import is_of_a_user
 
 
 class Scripting:
@@ -145,5 +146,6 @@ class Scripting:
         self.callbacks.tell("on_push_begin")
         self.run.hub.open(token, private)
         self.save_model(_internal_call=True)
-        self.create_model_card(**card)
+        if card or not is_of_a_user(Path(self.config.output_dir) / "README.md"):
+            self.create_model_card(**card)
         return self.publication.push(Path(self.config.output_dir), commit_message, blocking, token, revision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.trainer_utils import TrainOutput
 from engine.assembly import assemble, build_evaluator, resume
 from engine.callbacks import check_callback
 from engine.config import GKDConfig
+from engine.data.formatting import Format
 from engine.evaluation import script_names
 from engine.inputs import Inputs
 from engine.loop import Loop
@@ -35,7 +36,8 @@ class GKDTrainer(Scripting):
             `should_evaluate`, `should_log`, `should_training_stop`) counts on all of them.
         optimizers: an optimizer of torch's that works element by element, over the weights of `model`, and a schedule
             of it; each may be None. The schedule may be a function that makes one for an optimizer.
-        peft_config, formatting_func: refused.
+        peft_config: refused.
+        formatting_func: makes a row, a dict, of each that the datasets have.
         teacher_processing_class: the teacher's, to compare with the student's; by default that of the folder or hub
             name which the teacher came from.
         resumes_later: whether `train` may say what to resume. If not, a folder that holds a run is refused at once.
@@ -60,7 +62,7 @@ class GKDTrainer(Scripting):
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Any = None,
         peft_config: Any = None,
-        formatting_func: Callable[[Any], Any] | None = None,
+        formatting_func: Format | None = None,
         tokenizer: Any = None,
         teacher_processing_class: Any = None,
         *,
@@ -68,7 +70,7 @@ class GKDTrainer(Scripting):
     ) -> None:
         refuse(
             data_collator=data_collator, compute_metrics=compute_metrics, peft_config=peft_config,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics, formatting_func=formatting_func,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
         if not isinstance(args, GKDConfig | None):
             raise ValueError(
@@ -80,7 +82,7 @@ class GKDTrainer(Scripting):
             config.model_name_or_path, model = expand_path(model, "model"), None
         if isinstance(teacher_model, str):
             config.teacher_model_name_or_path, teacher_model = expand_path(teacher_model, "teacher_model"), None
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset, self.eval_dataset, self.formatting_func = train_dataset, eval_dataset, formatting_func
         inputs = Inputs(
             model, teacher_model, processing_class if processing_class is not None else tokenizer, train_dataset,
             eval_dataset, teacher_processing_class, formatting_func, *optimizers,
@@ -131,7 +133,11 @@ class GKDTrainer(Scripting):
             ValueError: where there are no rows to evaluate on, or they cannot be used.
         """
         started_s = time.time()
-        evaluator = self.run.evaluator if eval_dataset is None else build_evaluator(self.run, eval_dataset)
+        evaluator = (
+            self.run.evaluator
+            if eval_dataset is None
+            else build_evaluator(self.run, eval_dataset, self.formatting_func)
+        )
         if evaluator is None:
             raise ValueError("evaluate: there are no rows to evaluate on: pass eval_dataset, here or to the trainer")
         metrics = script_names(evaluator.run().metrics, metric_key_prefix)
@@ -146,10 +152,9 @@ class GKDTrainer(Scripting):
 
 # What the engine cannot take, and the way there is instead.
 REFUSED = {
-    "data_collator": "rows are packed by the engine; give them another shape with `map` of the dataset",
+    "data_collator": "rows are packed by the engine; give them another shape with formatting_func=",
     "compute_metrics": "no rank ever has logits; compute metrics in the on_evaluate of a callback",
     "preprocess_logits_for_metrics": "no rank ever has logits; compute metrics in the on_evaluate of a callback",
-    "formatting_func": "not applied; give rows another shape with `map` of the dataset",
     "peft_config": "adapters are not trained by this engine; leave it out to train the whole student",
 }
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from engine import GKDConfig, GKDTrainer
@@ -175,3 +176,42 @@ def nothing_to_evaluate(fields: dict) -> str:
 def test_nothing_to_evaluate_on_is_an_error(ranks, inputs, tmp_path):
     fields = inputs | {"output_dir": str(tmp_path / "run"), "dataset_test_split": "none"}
     assert "pass eval_dataset" in ranks(1).run(nothing_to_evaluate, fields)[0]
+
+
+def as_messages(row: dict) -> dict:
+    return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}
+
+
+def train_formatted(fields: dict, kind: str) -> dict:
+    """Train on questions and answers, brought into shape by `formatting_func`, or beforehand."""
+    pairs = [{"q": f"question {i}?", "a": "yes " * (1 + i % 3)} for i in range(8)]
+    rows, given = [as_messages(row) for row in pairs], {}
+    if kind != "beforehand":
+        rows, given = pairs, {"formatting_func": as_messages}
+    if kind == "dataset":
+        rows = Dataset.from_list(rows)
+    trainer = GKDTrainer(args=GKDConfig(**fields), train_dataset=rows, eval_dataset={"one": rows}, **given)
+    trainer.train()
+    metrics = trainer.evaluate(rows)
+    trainer.run.student.engine.destroy()
+    return metrics
+
+
+def test_a_formatting_function_makes_the_rows(ranks, inputs, tmp_path):
+    metrics = {}
+    for kind in ("beforehand", "list", "dataset"):
+        fields = inputs | {"output_dir": str(tmp_path / kind), "max_steps": 2}
+        metrics[kind] = ranks(2).run(train_formatted, fields, kind)[0]["eval_loss"]
+        assert (weights_of(tmp_path / kind) == weights_of(tmp_path / "beforehand")).all()
+    assert len(set(metrics.values())) == 1
+
+
+def no_rows(fields: dict) -> str:
+    with pytest.raises(ValueError) as raised:
+        GKDTrainer(args=GKDConfig(**fields), train_dataset=[{"q": "a"}], formatting_func=lambda row: row["q"])
+    return str(raised.value)
+
+
+def test_a_formatting_function_that_makes_text_is_refused(ranks, inputs, tmp_path):
+    said = ranks(2).run(no_rows, inputs | {"output_dir": str(tmp_path / "run")})
+    assert all("formatting_func returned str, and a row is a dict" in text for text in said)
