@@ -187,7 +187,8 @@ def print_summary(trainer: Any) -> None:
     if trainer.loop.stopped_by is not None:
         step, saved = trainer.loop.state.step, trainer.run.checkpoints.saved_step
         print(f"\nstopped after step {step} of {trainer.run.num_steps} by {trainer.loop.stopped_by}; ", end="")
-        print(f"checkpoint of step {saved}. Continue with --resume_from_checkpoint auto")
+        goes_on = ". Continue with --resume_from_checkpoint auto"
+        print(f"checkpoint of step {saved}{', of the model alone' if trainer.config.save_only_model else goes_on}")
         return
     evaluations, decode = trainer.loop.evaluations, trainer.run.tokenizer.decode
     if evaluations:

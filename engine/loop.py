@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -26,6 +27,7 @@ from engine.data.batch import PackedBatch, Sample, pack
 from engine.errors import CheckpointError
 from engine.evaluation import Evaluation, script_names
 from engine.loss.values import TokenValues
+from engine.models.export import write_student
 from engine.publication import Publication
 from engine.tracking.bad_steps import sample_rows
 from engine.tracking.tracker import Tracker
@@ -310,6 +312,9 @@ class Loop:
             self.best.judge(metrics, self.state)
         return figures
 
+    def _write_model(self, folder: Path) -> None:
+        write_student(self.run.student.model, self.run.parts, contextlib.nullcontext(folder))
+
     def save_checkpoint(self) -> Path | None:
         """Write `checkpoints/step_<N>`; None where that failed and `save_on_error` is `warn`. All ranks must call."""
         run = self.run
@@ -318,7 +323,9 @@ class Loop:
         self.best.mark(self.state)
         trainer_state = self.callbacks.exported_state()
         with self.tracker.time("checkpoint"):
-            path = run.checkpoints.save(run.student.engine, self.state, run.parts, self.rollouts, trainer_state)
+            path = run.checkpoints.save(
+                run.student.engine, self.state, run.parts, self.rollouts, trainer_state, self._write_model
+            )
         self.watch.note_save()
         if path is None:
             self.state.best_checkpoint_metric, self.state.best_checkpoint = before

@@ -109,9 +109,11 @@ class Checkpoints:
         model_parts: list[Any],
         rollouts: list[list[Sample]] | None,
         trainer_state: TrainerState,
+        write_model: Callable[[Path], None],
     ) -> Path | None:
         """Write `step_<N>`. `model_parts` (config, tokenizer: whatever has `save_pretrained`) go into its `hf` folder,
         rollouts that later steps still train on into one file per rank, transformers' state into `trainer_state.json`.
+        With `save_only_model` it is what `write_model` writes on all ranks, and nothing can be resumed from it.
 
         None where it could not be written and `save_on_error` is `warn`.
 
@@ -120,7 +122,7 @@ class Checkpoints:
         """
         hidden = self.folder / f".saving_step_{state.step}"
         try:
-            path = self._write(hidden, engine, state, model_parts, rollouts, trainer_state)
+            path = self._write(hidden, engine, state, model_parts, rollouts, trainer_state, write_model)
         except CheckpointError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -141,6 +143,7 @@ class Checkpoints:
         model_parts: list[Any],
         rollouts: list[list[Sample]] | None,
         trainer_state: TrainerState,
+        write_model: Callable[[Path], None],
     ) -> Path:
         name = f"step_{state.step}"
         record = self._record(state)
@@ -150,11 +153,16 @@ class Checkpoints:
             for stale in [*self.folder.glob(".saving_*"), *self.folder.glob(".replaced_*")] if is_main else []:
                 shutil.rmtree(stale)
             if is_main:
-                (hidden / "hf").mkdir(parents=True)
-                save_parts(model_parts, hidden / "hf")
+                hidden.mkdir(parents=True)
+                if not self.config.save_only_model:
+                    (hidden / "hf").mkdir()
+                    save_parts(model_parts, hidden / "hf")
                 trainer_state.save_to_json(str(hidden / TRAINER_STATE))
 
         def write() -> None:
+            if self.config.save_only_model:
+                write_model(hidden)
+                return
             partitions.save_checkpoint(engine, hidden)
             if rollouts is not None:
                 rows = [[dataclasses.asdict(sample) for sample in batch] for batch in rollouts]
@@ -186,6 +194,7 @@ class Checkpoints:
             "layout": zero_layout(config, world_size),
             "global_batch_size": config.global_batch(world_size),
             "saved_at": time.time(),
+            "only_model": config.save_only_model,
             "data": self.data,
             "optimizer": self.optimizer_name,
             "config": config.to_dict(),

@@ -29,6 +29,12 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
 
+def holds_only_model(path: Path) -> bool:
+    """Whether a checkpoint is a Hugging Face folder without the state of training (`save_only_model`)."""
+    manifest = read_manifest(path)
+    return manifest is not None and manifest.get("only_model", False)
+
+
 def verify(path: Path) -> list[str]:
     """What is wrong with a folder, empty if nothing. All ranks must call: each checks a share of the files."""
     if not (path / MANIFEST).is_file():

@@ -16,11 +16,13 @@ import torch.distributed as dist
 
 from engine.checkpoint.changes import REMEDY, Changes, compare_fields, compare_rows
 from engine.checkpoint.elastic import batch_to_keep
-from engine.checkpoint.manifest import MANIFEST, read_manifest, verify
+from engine.checkpoint.manifest import MANIFEST, holds_only_model, read_manifest, verify
 from engine.checkpoint.run_folder import CHECKPOINTS
 from engine.config import GKDConfig
 
 logger = logging.getLogger(__name__)
+
+ONLY_MODEL = "it holds the model alone (save_only_model): name it as model_name_or_path of a new run"
 
 
 @dataclass
@@ -74,6 +76,8 @@ def find_resumption(config: GKDConfig, optimizer_now: str) -> Resumption | None:
         problems = verify(path)
         if problems:
             raise ValueError(f"resume_from_checkpoint={wanted!r}: {'; '.join(problems)}")
+        if holds_only_model(path):
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: {ONLY_MODEL}")
     manifest = read_manifest(path)
     assert manifest is not None  # it is verified
     found = Resumption(path, manifest, batch_to_keep(config, path, manifest, dist.get_world_size()))
@@ -115,13 +119,13 @@ def newest_good(folder: Path) -> Path | None:
     found = saved_checkpoints(folder)
     dist.barrier()  # every rank has the same list: none writes before all have read
     for path in found:
-        problems = verify(path)
+        problems = verify(path) or ([ONLY_MODEL] if holds_only_model(path) else [])
         if not problems:
             if is_main:
                 logger.info("resuming from %s", path)
             return path
         if is_main:
-            logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
+            logger.warning("checkpoint %s is skipped: %s", path, "; ".join(problems))
     if is_main:
         logger.info("no complete checkpoint under %s: a fresh start", folder)
     return None

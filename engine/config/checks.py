@@ -164,6 +164,14 @@ def _best_model() -> Iterator[Rule]:
         ),
     )
     yield Rule(
+        ("load_best_model_at_end", "save_only_model"),
+        lambda c: not (c.load_best_model_at_end and c.save_only_model),
+        lambda c: (
+            "load_best_model_at_end=true with save_only_model=true: ZeRO-3 takes weights back from a whole checkpoint "
+            "alone. save_strategy=best keeps each best model without loading it"
+        ),
+    )
+    yield Rule(
         ("metric_for_best_model", "greater_is_better"),
         lambda c: c.metric_for_best_model is None or c.greater_is_better is not None,
         lambda c: (

@@ -124,7 +124,9 @@ class EvaluationFields:
     save_steps: float | None = option(500, "Steps between checkpoints, below 1 a share of all; unset: none.")
     save_minutes: float | None = option(None, "Minutes of wall-clock time between checkpoints; unset: none by time.")
     save_total_limit: int | None = option(None, "Checkpoints to keep; unset: all.")
-    save_only_model: bool = option(False, "Checkpoints hold the model alone; nothing can be resumed from them.")
+    save_only_model: bool = option(
+        False, "Checkpoints are Hugging Face folders of the model alone; nothing can be resumed from them."
+    )
     save_on_error: str = option(
         "raise", "Where a checkpoint cannot be written: `raise` ends the run, `warn` trains on.", ("raise", "warn")
     )

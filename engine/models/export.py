@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.checkpoint.manifest import flush_file, list_files, publish, verify
+from engine.checkpoint.manifest import flush_file, holds_only_model, list_files, publish, verify
 from engine.checkpoint.parts import save_parts
 from engine.cluster.agreement import all_or_none
 from engine.errors import CheckpointError
@@ -35,18 +35,23 @@ def export_student(model: nn.Module, parts: list[Any], out: Path) -> None:
     Raises:
         CheckpointError: where it cannot be written; an earlier export stays as it was.
     """
+    all_or_none(f"{out} cannot be written", out.parent, lambda: write_student(model, parts, beside(out)))
+
+
+def write_student(model: nn.Module, parts: list[Any], place: AbstractContextManager[Path]) -> None:
+    """Write the live student into the folder that `place` gives rank 0, which alone enters it. All ranks must call.
+
+    Raises:
+        CheckpointError, OSError: on rank 0 alone, where it cannot be written.
+    """
     tensors = _gathered_tensors(model)
-
-    def write() -> None:
-        try:
-            if dist.get_rank() == 0:
-                with beside(out) as hidden:
-                    write_model_folder(tensors, parts, hidden)
-        finally:
-            for _ in tensors:  # what is gathered, every rank gathers, also where rank 0 has failed
-                pass
-
-    all_or_none(f"{out} cannot be written", out.parent, write)
+    try:
+        if dist.get_rank() == 0:
+            with place as folder:
+                write_model_folder(tensors, parts, folder)
+    finally:
+        for _ in tensors:  # what is gathered, every rank gathers, also where rank 0 has failed
+            pass
 
 
 @contextmanager
@@ -107,6 +112,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype | None) ->
     problems = verify(checkpoint)
     if problems:
         raise ValueError(f"{checkpoint} cannot be exported: {'; '.join(problems)}")
+    if holds_only_model(checkpoint):
+        raise ValueError(f"{checkpoint} is a Hugging Face folder already (save_only_model): use it as it is")
     try:
         with beside(out) as hidden:
             _write_checkpoints_student(checkpoint, hidden, dtype)

@@ -80,7 +80,7 @@ def test_damage_is_named_and_passed_over(ranks, finished, tmp_path, damage):
         assert found is None and message in error
     results = ranks(2).run(find, str(tmp_path / "run"), "auto")
     assert [(found, error) for found, error, _ in results] == [("step_2", "")] * 2
-    assert "step_3 is damaged and skipped" in results[0][2] and message in results[0][2]
+    assert "step_3 is skipped" in results[0][2] and message in results[0][2]
 
 
 def test_two_damaged_ones_are_both_passed_over(ranks, finished, tmp_path):

@@ -211,3 +211,39 @@ def test_a_metric_that_is_not_there_is_named_with_those_that_are(ranks, inputs, 
 class AddsNothing(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         assert "eval_score" not in metrics
+
+
+def refused_start(fields: dict) -> str:
+    with pytest.raises(ValueError) as error:
+        GKDTrainer(args=GKDConfig(**fields))
+    return str(error.value)
+
+
+def test_checkpoints_of_the_model_alone_load_with_transformers_and_cannot_be_resumed(ranks, inputs, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path / "run"), "save_only_model": True, "save_strategy": "best",
+                       "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "score", "max_steps": 3,
+                       "save_total_limit": 1}  # fmt: skip
+    ranks(2).run(train_flow, fields, Scores())
+    assert checkpoints_in(tmp_path / "run") == [2]
+    path = tmp_path / "run" / "checkpoints" / "step_2"
+    names = {item.name for item in path.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "manifest.json"} <= names
+    assert not any("optim" in name for name in names) and not any(item.is_dir() for item in path.iterdir())
+    whole = inputs | {"output_dir": str(tmp_path / "whole"), "max_steps": 3, "save_steps": 2}
+    ranks(2).run(train_flow, whole)
+    export_checkpoint(tmp_path / "whole" / "checkpoints" / "step_2", tmp_path / "second", None)
+    assert_same_weights(path, tmp_path / "second")
+    AutoModelForCausalLM.from_pretrained(path)
+    with pytest.raises(ValueError, match="is a Hugging Face folder already"):
+        export_checkpoint(path, tmp_path / "again", None)
+    for wanted in (str(path), "auto"):
+        said = ranks(2).run(refused_start, fields | {"resume_from_checkpoint": wanted})[0]
+        assert ("name it as model_name_or_path of a new run" in said) == (wanted != "auto")
+        assert wanted != "auto" or "nothing to go on from" in said
+
+
+def test_a_stream_has_no_epochs(ranks, inputs, tmp_path):
+    fields = inputs | {"output_dir": str(tmp_path), "dataset_streaming": True, "eval_strategy": "epoch",
+                       "save_strategy": "epoch"}  # fmt: skip
+    said = ranks(1).run(refused_start, fields)[0]
+    assert "eval_strategy, save_strategy: epoch, and a stream has no epochs: use steps" in said

@@ -65,6 +65,7 @@ BEST = {"load_best_model_at_end": True}
         (BEST | {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 10}, "save_steps must be a multiple of eval"),
         (BEST | {"eval_strategy": "steps", "eval_steps": 0.1, "save_steps": 10}, "both whole or both a share"),
         (BEST | {"eval_strategy": "steps", "eval_steps": 20, "save_steps": 10}, "save_steps=10, eval_steps=20"),
+        (BEST | {"eval_steps": 5, "save_steps": 5, "save_only_model": True}, "takes weights back from a whole"),
         ({"save_strategy": "best"}, "save_strategy=best goes by evaluations"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type=reduce_lr_on_plateau goes by evaluations"),
         ({"eval_strategy": "best"}, "eval_strategy='best': must be one of no, steps, epoch"),
