@@ -6,13 +6,20 @@ resumed run goes on from it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from engine.assembly import Run
 from engine.checkpoint.checkpoint import TrainState
+from engine.checkpoint.manifest import verify
 from engine.cluster.agreement import from_main
 from engine.config import GKDConfig
+from engine.errors import CheckpointError
+from engine.evaluation import Evaluator, script_names
+
+logger = logging.getLogger(__name__)
 
 
 def metric_to_watch(config: GKDConfig) -> str | None:
@@ -27,7 +34,7 @@ def missing_metric(name: str, known: Mapping[str, Any]) -> str:
 
 
 class Best:
-    """Judges evaluations, and marks checkpoints.
+    """Judges evaluations, marks checkpoints, and loads the best one.
 
     Attributes:
         name: the metric that counts; None where nothing is to be best.
@@ -40,6 +47,13 @@ class Best:
         self._saves = config.save_strategy == "best"
         self._sign = 1 if config.greater_is_better else -1
         self._value, self._step = math.nan, -1  # of the newest evaluation
+
+    def problem(self, evaluator: Evaluator | None, may_gain_metrics: bool) -> str | None:
+        """What is wrong with `metric_for_best_model`, as far as that can be known before an evaluation."""
+        if self.name is None or evaluator is None or may_gain_metrics:
+            return None
+        known = script_names(dict.fromkeys(evaluator.names, 0.0))
+        return None if self.name in known else missing_metric(self.name, known)
 
     @property
     def wants_save(self) -> bool:
@@ -68,6 +82,27 @@ class Best:
         if self._step != state.step or not self._is_better(state.best_checkpoint_metric):
             return False
         state.best_checkpoint_metric, state.best_checkpoint = self._value, state.step
+        return True
+
+    def load(self, run: Run, state: TrainState) -> bool:
+        """Give the student the weights of the best checkpoint; False where there is none. All ranks must call.
+
+        Raises:
+            CheckpointError: where it is damaged.
+        """
+        step = state.best_checkpoint
+        if step is None:
+            if run.rank == 0:
+                logger.warning("load_best_model_at_end: no checkpoint of an evaluated step, the weights stay the last")
+            return False
+        if step != state.step:
+            path = run.checkpoints.folder / f"step_{step}"
+            if problems := verify(path):
+                raise CheckpointError(f"the best checkpoint cannot be loaded: {'; '.join(problems)}")
+            run.checkpoints.load_weights(path, run.student.engine)
+        if run.rank == 0:
+            value = state.best_checkpoint_metric
+            logger.info("the weights are those of step %d, the best: %s %s", step, self.name, value)
         return True
 
     def _is_better(self, than: float | None) -> bool:

@@ -15,16 +15,14 @@ import torch.distributed as dist
 from transformers.trainer_utils import TrainOutput
 
 from engine.assembly import Run
-from engine.best import Best, missing_metric
+from engine.best import Best
 from engine.callbacks import Callbacks
 from engine.checkpoint import run_folder
 from engine.checkpoint.checkpoint import TrainState
-from engine.checkpoint.manifest import verify
 from engine.cluster.agreement import raise_together
 from engine.cluster.collectives import draw_seed, shared_uniform
 from engine.cluster.signals import MAX_MINUTES, Due, Watch
 from engine.data.batch import PackedBatch, Sample, pack
-from engine.errors import CheckpointError
 from engine.evaluation import Evaluation, script_names
 from engine.loss.values import TokenValues
 from engine.models.export import write_student
@@ -83,7 +81,7 @@ class Loop:
     def _open(self) -> None:
         """Resume, and open the record."""
         run, config = self.run, self.config
-        raise_together(self._unknown_metric())
+        raise_together(self.best.problem(run.evaluator, self.callbacks.can_add_metrics()))
         if run.resume_from is not None:
             self.state = run.checkpoints.load(run.resume_from, run.student.engine)
             self.state.started = run.started
@@ -102,14 +100,6 @@ class Loop:
             self.tracker.log(0, self._evaluate())
         if self.state.owes_evaluation and self.state.step < run.num_steps:
             self._evaluate_saved_step()
-
-    def _unknown_metric(self) -> str | None:
-        """What is wrong with `metric_for_best_model`, as far as that can be known before an evaluation."""
-        name, evaluator = self.best.name, self.run.evaluator
-        if name is None or evaluator is None or self.callbacks.can_add_metrics():
-            return None
-        known = script_names(dict.fromkeys(evaluator.names, 0.0))
-        return None if name in known else missing_metric(name, known)
 
     def _train(self) -> None:
         while self.state.step < self.run.num_steps and not self.is_last and self.stopped_by is None:
@@ -165,7 +155,7 @@ class Loop:
         self.callbacks.log_training()
         out = Path(self.config.output_dir) / run_folder.EXPORT
         self.publication.export(out)
-        if self.config.load_best_model_at_end and self._load_best():
+        if self.config.load_best_model_at_end and self.best.load(self.run, self.state):
             out = Path(self.config.output_dir) / run_folder.BEST
             self.publication.export(out)
         if self.config.push_to_hub:
@@ -188,27 +178,6 @@ class Loop:
         wants = self.best.wants_save or (due.save and due.stop != MAX_MINUTES)
         if wants and self.run.checkpoints.saved_step != self.state.step:
             self.save_checkpoint()
-
-    def _load_best(self) -> bool:
-        """Take the weights of the best checkpoint; False where there is none. All ranks must call.
-
-        Raises:
-            CheckpointError: where it is damaged.
-        """
-        run, step = self.run, self.state.best_checkpoint
-        if step is None:
-            if run.rank == 0:
-                logger.warning("load_best_model_at_end: no checkpoint of an evaluated step, the weights stay the last")
-            return False
-        if step != self.state.step:
-            path = run.checkpoints.folder / f"step_{step}"
-            if problems := verify(path):
-                raise CheckpointError(f"the best checkpoint cannot be loaded: {'; '.join(problems)}")
-            run.checkpoints.load_weights(path, run.student.engine)
-        if run.rank == 0:
-            logger.info("the weights are those of step %d, the best: %s %s", step, self.best.name,
-                        self.state.best_checkpoint_metric)  # fmt: skip
-        return True
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step."""
