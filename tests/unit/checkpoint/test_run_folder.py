@@ -36,6 +36,7 @@ def test_a_start_that_failed_leaves_a_folder_unused(tmp_path):
         ("checkpoints/step_4/manifest.json", "checkpoints/step_4"),
         ("metrics.jsonl", "metrics.jsonl"),
         ("final/a", "final"),
+        ("best/a", "best"),
     ],
 )
 def test_each_result_alone_makes_a_used_folder(tmp_path, name, shown):
@@ -67,7 +68,7 @@ def test_another_runs_checkpoint_does_not_go_on_in_a_used_folder(tmp_path):
 
 def test_clearing_leaves_what_no_run_wrote(tmp_path):
     write(tmp_path, "checkpoints/step_4/a", "checkpoints/latest", "checkpoints/.universal_x/a", "final/config.json")
-    write(tmp_path, "metrics.jsonl", "tables/completions.jsonl", "bad_steps/step_1_rank_0.jsonl")
+    write(tmp_path, "best/config.json", "metrics.jsonl", "tables/completions.jsonl", "bad_steps/step_1_rank_0.jsonl")
     write(tmp_path, "checkpoints/best/mine.pt", "notes.txt", "wandb/x")
     clear(tmp_path)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
