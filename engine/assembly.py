@@ -27,7 +27,7 @@ from engine.cluster.agreement import from_main, together
 from engine.cluster.collectives import build_vocab_groups
 from engine.cluster.startup import init_distributed
 from engine.config import GKDConfig
-from engine.data.formatting import Format
+from engine.data.encoding import Format
 from engine.data.samples import StepData
 from engine.data.vocabulary import check_ids
 from engine.evaluation import Evaluator

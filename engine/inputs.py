@@ -20,7 +20,7 @@ from engine.cluster.logs import bars_on_console
 from engine.config import GKDConfig
 from engine.data.batch import Sample
 from engine.data.chat import stop_token_ids
-from engine.data.formatting import Format, formatted
+from engine.data.encoding import Format
 from engine.data.samples import StepData, build_rows, eval_batches
 from engine.data.selection import MapRows, StreamRows
 from engine.data.sources import has_split
@@ -137,11 +137,10 @@ class Reader:
 
     def _rows(self, data: Any, split: str, read: Read, label: str | None = None) -> MapRows | StreamRows:
         with bars_on_console():
-            if self.inputs.formatting_func is not None:
-                if data is None:
-                    raise ValueError("formatting_func= goes with train_dataset= and eval_dataset=: pass the datasets")
-                data = formatted(data, self.inputs.formatting_func)
-            rows = build_rows(data, read.tokenizer, self.config, split, self.rank, self.now, read.shared_vocab_size)
+            rows = build_rows(
+                data, read.tokenizer, self.config, split, self.rank, self.now, read.shared_vocab_size,
+                self.inputs.formatting_func,
+            )  # fmt: skip
         read.fingerprints[label or split] = rows.fingerprint
         return rows
 

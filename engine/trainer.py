@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainOutput
 from engine.assembly import assemble, build_evaluator, resume
 from engine.callbacks import check_callback
 from engine.config import GKDConfig
-from engine.data.formatting import Format
+from engine.data.encoding import Format
 from engine.evaluation import script_names
 from engine.inputs import Inputs
 from engine.loop import Loop
@@ -28,8 +28,8 @@ class GKDTrainer(Scripting):
         model, teacher_model: Hugging Face causal LMs, or names; by default those that `args` names.
         args: the configuration.
         data_collator: refused; rows are packed by the engine.
-        train_dataset, eval_dataset: datasets with `messages`, `prompt`/`completion` or `prompt` columns; by
-            default the one that `args` names.
+        train_dataset, eval_dataset: datasets with `messages`, `prompt`/`completion`, `prompt`, or
+            `input_ids`/`labels` columns; by default the one that `args` names.
         processing_class, tokenizer: the student's tokenizer (or processor); two names for one argument.
         compute_metrics, preprocess_logits_for_metrics: refused; no rank ever has logits.
         callbacks: `transformers.TrainerCallback`s, or classes of them. A wish on one rank (`control.should_save`,
@@ -37,7 +37,7 @@ class GKDTrainer(Scripting):
         optimizers: an optimizer of torch's that works element by element, over the weights of `model`, and a schedule
             of it; each may be None. The schedule may be a function that makes one for an optimizer.
         peft_config: refused.
-        formatting_func: makes a row, a dict, of each that the datasets have.
+        formatting_func: makes a row, a dict, of each that the datasets have; or a text.
         teacher_processing_class: the teacher's, to compare with the student's; by default that of the folder or hub
             name which the teacher came from.
         resumes_later: whether `train` may say what to resume. If not, a folder that holds a run is refused at once.

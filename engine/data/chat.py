@@ -145,6 +145,12 @@ def encode_prompt_completion(
     return Encoded(prompt_ids, input_ids[:max_length], response_mask[:max_length])
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a whole text, between bos, where the tokenizer writes one, and eos."""
+    input_ids = begin_of_text(tokenizer) + tokenise(tokenizer, text)
+    return input_ids if input_ids[-1:] == [tokenizer.eos_token_id] else [*input_ids, tokenizer.eos_token_id]
+
+
 def begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The bos id where the tokenizer writes one before a text of its own accord."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]

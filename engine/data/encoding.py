@@ -7,15 +7,18 @@ processes, and finds the result of an earlier run by a key of all that it depend
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import re
 import sys
+import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +28,15 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.chat import Encoded, encode_conversation, encode_prompt_completion, uses_date
+from engine.data.chat import Encoded, encode_conversation, encode_prompt_completion, encode_text, uses_date
 from engine.data.messages import MESSAGE_KEYS
 from engine.data.rows import Row, parse_row
 from engine.data.sources import JsonLines, Source, fingerprint, is_arrow, place_of, read_rows
 from engine.data.template import NO_INPUT, TemplateInput, variables_of
+from engine.data.tokens import encode_tokens
 from engine.data.vocabulary import check_ids
 
 logger = logging.getLogger(__name__)
@@ -41,6 +46,8 @@ ROWS_PER_PROCESS = 1000  # fewer are not worth a process
 MAX_PROCESSES = 32
 BAD, NO_ROOM = -2, -1  # in the column `num_responses`
 ROOM = Path(__file__).parent
+UNPICKLABLE = "unpicklable"
+Format = Callable[[Any], Any]
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
 
 FEATURES = Features(
@@ -76,7 +83,11 @@ class Outcome(NamedTuple):
 class RowEncoder:
     """Rows to token ids: at most `max_length` in a row, with `template` as every row's input of the chat template.
 
-    `num_embeddings` is how many rows the models' embeddings share; a token beyond them is a problem of its row.
+    Attributes:
+        num_embeddings: rows that the models' embeddings share; a token beyond them is a problem of its row.
+        formatting_func: makes a row, or its text, of what the source has.
+        text_field: column of rows that are one text.
+        scores_whole: whether a row without a prompt of its own can be used, every token after its first scored.
 
     Raises:
         ValueError: for variables in `template` that the chat template never reads.
@@ -86,6 +97,9 @@ class RowEncoder:
     max_length: int
     template: TemplateInput = NO_INPUT
     num_embeddings: int = sys.maxsize
+    formatting_func: Format | None = None
+    text_field: str = "text"
+    scores_whole: bool = False
 
     def __post_init__(self) -> None:
         for name in self.template.kwargs:
@@ -97,7 +111,7 @@ class RowEncoder:
         try:
             if isinstance(raw, ValueError):
                 raise raw
-            row = parse_row(raw, place, from_arrow)
+            row = parse_row(self.formatted(raw), place, from_arrow, self.text_field)
             notes = Counter(row.notes)
             encoded = self._encode(row, notes)
             if encoded is not None:
@@ -107,7 +121,42 @@ class RowEncoder:
             return Outcome(None, text.encode(errors="backslashreplace").decode())
         return Outcome(encoded, notes=tuple(notes))
 
+    def formatted(self, raw: Any) -> Any:
+        """What `formatting_func` makes of a row; ValueError where it fails, or makes no row."""
+        if self.formatting_func is None:
+            return raw
+        try:
+            made = self.formatting_func(copy.deepcopy(raw))
+        except Exception as error:  # whatever the script's function raises is a problem of this row
+            raise ValueError(f"formatting_func failed on it ({type(error).__name__}: {error})") from error
+        if isinstance(made, str):
+            return {self.text_field: made}
+        if isinstance(made, Mapping):
+            return made
+        raise ValueError(
+            f"formatting_func gave a {type(made).__name__}: it gets one row at a time, and returns a row (a dict with "
+            "`messages`, or `prompt` and `completion`) or its text"
+        )
+
+    @cached_property
+    def formatting_key(self) -> str:
+        """A digest of `formatting_func` and what it refers to; where it cannot be told, one that is never met again."""
+        if self.formatting_func is None:
+            return ""
+        try:
+            return Hasher.hash(self.formatting_func)
+        except Exception as error:  # dill raises what the objects inside do
+            logger.warning(
+                "formatting_func cannot be pickled (%s): its rows are not cached, and one process works", error
+            )
+            return f"{UNPICKLABLE} {uuid.uuid4().hex}"
+
     def _encode(self, row: Row, notes: Counter[str]) -> Encoded | None:
+        if row.scored is not None:
+            assert row.input_ids is not None
+            return encode_tokens(row.input_ids, row.scored, self.max_length)
+        if row.input_ids is not None or row.text is not None:
+            return self._encode_whole(row)
         if row.messages is None:
             return encode_prompt_completion(self.tokenizer, row.prompt, row.completion, max_length=self.max_length)
         template = self.template
@@ -126,6 +175,21 @@ class RowEncoder:
             self.tokenizer, row.messages, row.responses, max_length=self.max_length, template=template, notes=notes
         )
 
+    def _encode_whole(self, row: Row) -> Encoded | None:
+        """A row without a prompt of its own."""
+        if not self.scores_whole:
+            column = "input_ids" if row.text is None else self.text_field
+            raise ValueError(
+                f"has `{column}` alone, which does not say where a prompt ends that a student or teacher could answer: "
+                "give `messages`, `prompt` and `completion`, or `input_ids` with `labels`; with lmbda=0 and "
+                "seq_kd=false, every token of such a row is scored"
+            )
+        input_ids = row.input_ids if row.text is None else encode_text(self.tokenizer, row.text)
+        assert input_ids is not None  # a row has one of the two
+        if len(input_ids) < 2:
+            raise ValueError("has one token, and the first one is not scored")
+        return encode_tokens(input_ids, [True] * len(input_ids), self.max_length)
+
     def key(self) -> str:
         """A digest of everything beside the rows that token ids depend on."""
         tokenizer, template = self.tokenizer, self.template
@@ -134,6 +198,7 @@ class RowEncoder:
             type(tokenizer).__name__,
             json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str),
             json.dumps([self.max_length, self.num_embeddings, template.tools, template.kwargs], default=str),
+            json.dumps([self.formatting_key, self.text_field, self.scores_whole]),
             str(template.now if uses_date(tokenizer) else None),
             *(path.read_text() for path in sorted(ROOM.glob("*.py"))),  # a change in this room makes caches stale
             *(version(name) for name in LIBRARIES),
@@ -187,7 +252,8 @@ def encode_source(
     key = hashlib.blake2b(f"{rows_key} {encoder.key()} {count}".encode(), digest_size=16).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / CACHE_FOLDER
     numbers = Dataset(pa.table({"number": np.arange(count)}))
-    processes = min(count, num_proc or default_processes(source, count))
+    is_picklable = not encoder.formatting_key.startswith(UNPICKLABLE)
+    processes = min(count, num_proc or default_processes(source, count)) if is_picklable else 1
     file = folder / f"{key}.arrow"
     if not any(folder.glob(f"{key}*.arrow")):  # each process writes one of its own
         logger.info("%s: checking and tokenising %d rows with %d processes", name, count, processes)

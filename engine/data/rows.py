@@ -1,7 +1,8 @@
 """What a row must look like: `parse_row` turns the dict of any source into a checked `Row`, or says what is wrong.
 
-Three kinds: `messages` (role and content of each turn), `prompt` with `completion` (both text, or both lists of
-messages), and prompts only (`prompt` alone, or `messages` that end before an answer). A field to which other tools
+Four kinds: `messages` (role and content of each turn), `prompt` with `completion` (both text, or both lists of
+messages), prompts only (`prompt` alone, or `messages` that end before an answer), and sequences without a prompt of
+their own (`input_ids`, or a text). A field to which other tools
 give a meaning is honoured or refused by name, never passed over. No tokenizer, no template, no ranks here.
 """
 
@@ -13,20 +14,25 @@ from typing import Any
 
 from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.data.messages import MEDIA, SHAREGPT, check_messages, check_text, is_filled, read_json, without_nulls
+from engine.data.tokens import MASKS, TOKEN_COLUMNS, read_tokens
 
 # What is read of a row; a dataset's other columns are never decoded.
 COLUMNS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", "conversations", "conversation",
-           "system", "label", "weight", "functions", *MEDIA)  # fmt: skip
+           "system", "label", "weight", "functions", *TOKEN_COLUMNS, *MEDIA)  # fmt: skip
+
+SCORED_BY = ("labels", *MASKS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checked row: a conversation, or a plain-text prompt with or without its completion.
+    """One checked row: a conversation, a plain-text prompt with or without its completion, token ids, or a text.
 
     Attributes:
         responses: numbers of the assistant messages to train on, from 0; the others are context. Where there are
             any, the last message is one of them.
         tools, template_kwargs: what goes into the chat template beside the messages.
+        input_ids, scored: the row's token ids, and which are scored; None where it does not say.
+        text: the whole of a row that has neither messages nor prompt.
         notes: what the user should be told about rows like this one.
     """
 
@@ -37,15 +43,17 @@ class Row:
     completion: str | None = None
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    input_ids: list[int] | None = None
+    scored: list[bool] | None = None
+    text: str | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def has_completion(self) -> bool:
-        return bool(self.responses) or self.completion is not None
 
-
-def parse_row(raw: Any, place: str, from_arrow: bool = False) -> Row:
+def parse_row(raw: Any, place: str, from_arrow: bool = False, text_field: str = "text") -> Row:
     """A checked `Row`. With `from_arrow`, nulls inside dicts are the padding of other rows' keys, and dropped.
+
+    Token ids that say which of them are scored win over messages, as in TRL; `text_field` is read where there is
+    nothing else.
 
     Raises:
         ValueError: for a row of another shape; the text starts with `place`.
@@ -54,9 +62,14 @@ def parse_row(raw: Any, place: str, from_arrow: bool = False) -> Row:
         raise ValueError(f"{place}: a row must be a dict, is a {type(raw).__name__}")
     refuse_columns(raw, place)
     messages, prompt, completion = (raw.get(name) for name in ("messages", "prompt", "completion"))
+    has_more = messages is not None or prompt is not None
+    if raw.get("input_ids") is not None and (not has_more or any(raw.get(name) is not None for name in SCORED_BY)):
+        input_ids, scored = read_tokens(raw, place)
+        notes = ("`input_ids` win over `messages` or `prompt`, which are not used",) if has_more else ()
+        return Row(place, input_ids=input_ids, scored=scored, notes=notes)
     tools = read_tools(raw.get("tools"), place, from_arrow)
     template_kwargs = read_template_kwargs(raw.get("chat_template_kwargs"), place, from_arrow)
-    notes: tuple[str, ...] = ()
+    notes = ()
     if messages is None and isinstance(prompt, str):
         if tools or template_kwargs:
             raise ValueError(
@@ -79,10 +92,14 @@ def parse_row(raw: Any, place: str, from_arrow: bool = False) -> Row:
                 f"{place}: `prompt` has a message with a weight above 0, and is context as a whole: put what follows "
                 "the context into `completion`"
             )
+    elif raw.get(text_field) is not None:
+        check_text(raw[text_field], f"{place}: {text_field}")
+        return Row(place, text=raw[text_field])
     else:
         columns = ", ".join(map(str, raw)) or "none"
         raise ValueError(
-            f"{place}: needs `messages`, or `prompt` and `completion`, or `prompt`; its columns: {columns}"
+            f"{place}: needs `messages`, or `prompt` and `completion`, or `prompt`, or `input_ids` with `labels`; its "
+            f"columns: {columns}"
         )
     check_ends(checked, place, "prompt" if messages is None else "messages")
     if messages is not None:

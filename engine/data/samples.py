@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config import GKDConfig
 from engine.data.batch import Sample
-from engine.data.encoding import RowEncoder
+from engine.data.encoding import Format, RowEncoder
 from engine.data.order import places_of_rank
 from engine.data.rows import COLUMNS
 from engine.data.selection import MapRows, StreamRows
@@ -34,6 +34,7 @@ def build_rows(
     rank: int = 0,
     now: datetime | None = None,
     num_embeddings: int = sys.maxsize,
+    formatting_func: Format | None = None,
 ) -> MapRows | StreamRows:
     """The checked rows of `data` (a dataset object, or None for `config.dataset_name`), before any model loads.
 
@@ -56,14 +57,19 @@ def build_rows(
     if is_stream and config.max_steps < 0:
         raise ValueError(f"{name}: a stream has no length, so set max_steps")
     template = TemplateInput(kwargs=config.chat_template_kwargs, now=now)
-    encoder = RowEncoder(tokenizer, config.max_length, template, num_embeddings)
+    encoder = RowEncoder(
+        tokenizer, config.max_length, template, num_embeddings, formatting_func, config.dataset_text_field,
+        scores_whole=needed_answers(config) == "all",
+    )  # fmt: skip
     rules = RowRules(
         limit=config.max_samples if is_train else config.eval_max_samples,
         answers=needed_answers(config) if is_train else "optional",
         on_bad_row=config.on_bad_row,
         num_proc=config.dataset_num_proc,
     )
-    return (StreamRows if is_stream else MapRows)(keep_columns(source, COLUMNS), encoder, name, rules, rank)
+    if formatting_func is None:
+        source = keep_columns(source, (*COLUMNS, config.dataset_text_field))
+    return (StreamRows if is_stream else MapRows)(source, encoder, name, rules, rank)
 
 
 def needed_answers(config: GKDConfig) -> str:
@@ -83,7 +89,8 @@ class StepData:
     def __init__(
         self, rows: MapRows | StreamRows, config: GKDConfig, world_size: int, rank: int, shuffle: bool = True
     ) -> None:
-        self._rows, self._seed, self._shuffle = rows, config.seed, shuffle
+        self._rows, self._shuffle = rows, shuffle
+        self._seed = config.seed if config.data_seed is None else config.data_seed
         self._batch, self._world_size, self._rank = config.per_device_train_batch_size, world_size, rank
         self._accumulation = config.accumulation_steps(world_size)
         self.global_batch = config.global_batch(world_size)  # sequences of one optimizer step over all ranks

@@ -19,7 +19,14 @@ import numpy as np
 from engine.data.batch import Sample
 from engine.data.encoding import BAD, NO_ROOM, RowEncoder, encode_source
 from engine.data.order import DataOrder, epoch_generator, shuffled
-from engine.data.sources import Source, fingerprint, is_arrow, place_of, stream_rows
+from engine.data.sources import (
+    FINGERPRINT_STREAM_ROWS,
+    Source,
+    fingerprint,
+    is_arrow,
+    place_of,
+    stream_rows,
+)
 from engine.data.tally import NAMED_ROWS, RowRules, Tally
 
 logger = logging.getLogger(__name__)
@@ -40,15 +47,17 @@ class MapRows:
     def __init__(
         self, source: Source, encoder: RowEncoder, name: str, rules: RowRules | None = None, rank: int = 0
     ) -> None:
-        self.rules, self.fingerprint = rules or RowRules(), fingerprint(source)
+        self.rules, rows_key = rules or RowRules(), fingerprint(source)
         tally = Tally(name, self.rules, encoder.max_length)
         tally.num_rows = len(source) if self.rules.limit is None else min(len(source), self.rules.limit)
         if tally.num_rows:
             self._encoded = encode_source(
-                source, name, encoder, tally.num_rows, self.rules.num_proc, self.fingerprint
+                source, name, encoder, tally.num_rows, self.rules.num_proc, rows_key
             ).with_format("numpy")
             num_responses = self._count(tally, source)
         tally.check()
+        # What a function made of the rows is told by its result: its code may hash otherwise on another host.
+        self.fingerprint = rows_key if encoder.formatting_func is None else fingerprint(self._encoded)
         if rank == 0:
             tally.report()
         self._kept = np.flatnonzero(num_responses >= (1 if self.rules.answers == "all" else 0))
@@ -153,7 +162,10 @@ class StreamRows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self._source)
+        if self._encoder.formatting_func is None:
+            return fingerprint(self._source)
+        first = islice(stream_rows(self._source), FINGERPRINT_STREAM_ROWS)
+        return fingerprint([self._encoder.formatted(raw) for raw in first])
 
     def lacks_answers(self, first: int, count: int, seed: int, shuffle: bool) -> bool:
         """Whether one of the rows at these positions has no answer for a step on the dataset."""

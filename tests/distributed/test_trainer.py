@@ -214,4 +214,4 @@ def no_rows(fields: dict) -> str:
 
 def test_a_formatting_function_that_makes_text_is_refused(ranks, inputs, tmp_path):
     said = ranks(2).run(no_rows, inputs | {"output_dir": str(tmp_path / "run")})
-    assert all("formatting_func returned str, and a row is a dict" in text for text in said)
+    assert all("has `text` alone, which does not say where a prompt ends" in text for text in said)

@@ -157,7 +157,7 @@ BAD_ROWS = [
     ({"messages": ["hi"]}, "messages 1 must be a dict"),
     ({"messages": talk("hi", "yo")[1:]}, "starts with an assistant turn"),
     ({"messages": [{"role": "system", "content": "be kind"}]}, "nothing to answer"),
-    ({"text": "hi"}, "needs `messages`, or `prompt`.*its columns: text"),
+    ({"words": "hi"}, "needs `messages`, or `prompt`.*its columns: words"),
     ({"prompt": ""}, "prompt is empty"),
     ({"prompt": "hi", "completion": ""}, "completion is empty"),
     ({"prompt": "hi", "completion": talk("hi", "yo")[1:]}, "completion must be text"),
@@ -198,7 +198,7 @@ def test_keys_that_arrow_adds_are_dropped(tokenizer):
         ["content", "role", "tool_calls"],
         ["content", "role"],
     ]
-    assert not first.has_completion and second.completion == "yo"
+    assert first.completion is None and second.completion == "yo"
 
 
 def test_empty_dataset(tokenizer, tmp_path):
