@@ -25,7 +25,13 @@ from engine.data.samples import StepData, build_rows, eval_batches
 from engine.data.selection import MapRows, StreamRows
 from engine.data.sources import has_split
 from engine.data.template import TemplateInput
-from engine.data.tokenizer import load_tokenizer, load_tokenizer_at_hand, plain_tokenizer, prepare_tokenizer
+from engine.data.tokenizer import (
+    TokenizerChanges,
+    load_tokenizer,
+    load_tokenizer_at_hand,
+    plain_tokenizer,
+    prepare_tokenizer,
+)
 from engine.data.vocabulary import check_ids, check_same_vocabulary
 from engine.models.backbone import (
     build_on_meta,
@@ -185,10 +191,11 @@ class Reader:
     def _tokenizer(self, shared_vocab_size: int) -> PreTrainedTokenizerBase:
         """The student's tokenizer, which the teacher must share."""
         config, given = self.config, self.inputs.tokenizer
+        changes = TokenizerChanges(config.chat_template_path, config.eos_token, config.pad_token)
         if given is not None:
-            tokenizer = prepare_tokenizer(plain_tokenizer(given))
+            tokenizer = prepare_tokenizer(plain_tokenizer(given), changes)
         elif config.model_name_or_path is not None:
-            tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+            tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, changes)
         else:
             raise ValueError("a model object came without its tokenizer: pass processing_class=")
         # more ids than rows are no fault of their own

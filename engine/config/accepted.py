@@ -27,6 +27,9 @@ class AcceptedFields:
     dataset_kwargs: dict[str, Any] | str | None = option(
         None, "Rows that are tokenised already are known by their columns."
     )
+    assistant_only_loss: bool = option(
+        False, "Every assistant turn counts, and nothing else; a message with weight 0 is left out."
+    )
     length_column_name: str = option("length", "Without padding there is nothing to group by length.")
     dataloader_drop_last: bool = option(False, "Every step is a whole global batch, across the end of a pass.")
     dataloader_num_workers: int = option(0, _READER)

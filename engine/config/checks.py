@@ -125,6 +125,14 @@ def _contradictions() -> Iterator[Rule]:
         lambda c: "dataset_streaming=true: a stream has no length, so set max_steps as well",
     )
     yield Rule(
+        ("completion_only_loss",),
+        lambda c: c.completion_only_loss is not False,
+        lambda c: (
+            "completion_only_loss=false: tokens of a prompt never count; rows of one text (dataset_text_field) are scored "
+            "whole, with lmbda=0"
+        ),
+    )
+    yield Rule(
         ("dataset_kwargs",),
         lambda c: not _unknown_dataset_kwargs(c),
         lambda c: (

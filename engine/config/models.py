@@ -66,9 +66,8 @@ class DataFields:
     eos_token: str | None = option(None, "Token that ends a turn or text; unset: the tokenizer's own.")
     pad_token: str | None = option(None, "Padding token of the exported tokenizer; unset: the tokenizer's own.")
     completion_only_loss: bool | None = option(
-        None, "Whether tokens of the completion alone count; unset: so where a row has a prompt."
+        None, "Tokens of a prompt never count, so false is an error; rows of one text are scored whole."
     )
-    assistant_only_loss: bool = option(False, "Whether the assistant's turns alone count, of all turns of a row.")
     data_seed: int | None = option(None, "Seed of the order of rows; unset: `seed`.")
     on_bad_row: str = option(
         "error",

@@ -56,9 +56,8 @@ MAPPED: Mapping[str, str] = MappingProxyType(
         "teacher_model_init_kwargs": "How the teacher is loaded by name.",
         "dataset_num_proc": "Unset is one process per core, and one alone for few rows.",
         "max_length": "Completions are cut to fit, prompts never; it has to be a number.",
+        "completion_only_loss": "True and unset are the same; false is an error, as no prompt's token counts.",
         "pad_token": "Nothing is padded; the exported tokenizer has it.",
-        "completion_only_loss": "The divergence is one of completions: tokens of a prompt never count.",
-        "assistant_only_loss": "Of a row of `messages`, whether every turn of the assistant counts or the last alone.",
     }
 )
 

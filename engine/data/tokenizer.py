@@ -10,11 +10,12 @@ Nothing here knows of models, ranks or datasets. No collectives.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -42,7 +43,25 @@ PROBE = (
 )
 
 
-def load_tokenizer(path_or_name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+class TokenizerChanges(NamedTuple):
+    """What the configuration has otherwise than the tokenizer; None leaves that as it is.
+
+    Attributes:
+        chat_template_path: a Jinja file, or the folder or hub name of a tokenizer that has a template.
+        eos_token, pad_token: tokens of the vocabulary.
+    """
+
+    chat_template_path: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+
+
+NO_CHANGES = TokenizerChanges()
+
+
+def load_tokenizer(
+    path_or_name: str, trust_remote_code: bool = False, changes: TokenizerChanges = NO_CHANGES
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, a Hugging Face folder, a SentencePiece file or a folder that holds one.
 
     Raises:
@@ -51,7 +70,7 @@ def load_tokenizer(path_or_name: str, trust_remote_code: bool = False) -> PreTra
     path = Path(path_or_name)
     model_file = find_sentencepiece_file(path)
     if model_file is not None and not (path / "tokenizer_config.json").is_file():
-        return prepare_tokenizer(tokenizer_from_sentencepiece(model_file))
+        return prepare_tokenizer(tokenizer_from_sentencepiece(model_file), changes)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust side of `tokenizers` raises plain Exception for a broken file
@@ -64,7 +83,7 @@ def load_tokenizer(path_or_name: str, trust_remote_code: bool = False) -> PreTra
         if proto.trainer_spec.model_type == BPE:
             tokenizer.backend_tokenizer.model = build_bpe(proto)
         check_against_sentencepiece(tokenizer.backend_tokenizer, model_file)
-    return prepare_tokenizer(tokenizer)
+    return prepare_tokenizer(tokenizer, changes)
 
 
 def load_tokenizer_at_hand(path_or_name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -87,14 +106,20 @@ def plain_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, changes: TokenizerChanges = NO_CHANGES
+) -> PreTrainedTokenizerBase:
     """Check a tokenizer and fill in, in place, what it lacks: the pad token (eos) and the chat template.
+
+    With `changes`, that is done to a copy which has them.
 
     Padding with eos is safe: response masks are built by position, never by comparing ids with the pad id.
 
     Raises:
-        ValueError: without an eos token, or for a tokenizer without character offsets (not a fast one).
+        ValueError: without an eos token, for a tokenizer without character offsets (not a fast one), or for changes
+            that cannot be made.
     """
+    tokenizer = changed(tokenizer, changes)
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if not tokenizer.is_fast:
         raise ValueError(
@@ -113,6 +138,37 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         )
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     return tokenizer
+
+
+def changed(tokenizer: PreTrainedTokenizerBase, changes: TokenizerChanges) -> PreTrainedTokenizerBase:
+    """A copy with the changes; the tokenizer itself where there are none."""
+    if changes == NO_CHANGES:
+        return tokenizer
+    made = copy.deepcopy(tokenizer)
+    for name, token in (("eos_token", changes.eos_token), ("pad_token", changes.pad_token)):
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise ValueError(f"{name}={token!r} is not a token of the student's tokenizer")
+            setattr(made, name, token)
+    if changes.chat_template_path is not None:
+        made.chat_template = read_chat_template(changes.chat_template_path)
+    return made
+
+
+def read_chat_template(path_or_name: str) -> str | dict[str, str]:
+    """The text of a Jinja file, or the template of a tokenizer; ValueError where there is none."""
+    if Path(path_or_name).is_file():
+        return Path(path_or_name).read_text(encoding="utf-8")
+    try:
+        template = AutoTokenizer.from_pretrained(path_or_name).chat_template
+    except Exception as error:  # as in `load_tokenizer`
+        raise ValueError(
+            f"chat_template_path={path_or_name!r}: neither a file nor a tokenizer's folder or hub name "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if template is None:
+        raise ValueError(f"chat_template_path={path_or_name!r}: that tokenizer has no chat template")
+    return template
 
 
 def find_sentencepiece_file(path: Path) -> Path | None:

@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 from tests.library.models import CHATML, tiny_tokenizer
-from tests.library.runs import copy_at_step, metrics_of, read_lines, samples_of, train, write_run_inputs
+from tests.library.runs import (
+    assert_same_run,
+    copy_at_step,
+    metrics_of,
+    read_lines,
+    samples_of,
+    train,
+    write_run_inputs,
+)
 
 STEPS, SAVED_AT = 8, 3
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
@@ -68,3 +76,31 @@ def test_mixed_rows_and_the_date_resume_elsewhere(ranks, fields, tmp_path):
     assert samples_of(ranks(2).run(train_on, "2025-03-10", resumed)) == samples[SAVED_AT:]
     for ours, theirs in zip(metrics_of(copy), metrics_of(whole["output_dir"]), strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+
+
+def train_on_tokens(fields: dict) -> dict:
+    """`train` on the rows of `fields` as a script that tokenises them itself would hand them over."""
+    import tests.library.runs as runs
+    from engine import GKDConfig, GKDTrainer
+    from engine.data.samples import build_rows
+
+    config = GKDConfig(**fields)
+    rows = build_rows(None, tiny_tokenizer(), config, "train")
+    tokens = [
+        {"input_ids": s.input_ids, "completion_mask": [int(scored) for scored in s.response_mask]}
+        for s in (rows[i] for i in range(len(rows)))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "GKDTrainer", lambda args: GKDTrainer(args=args, train_dataset=tokens))
+        return train(fields)
+
+
+def test_tokenised_rows_train_as_the_messages_do(ranks, tmp_path):
+    fields = write_run_inputs(tmp_path) | {"lmbda": 0.5, "seed": 3, "dataset_test_split": None}
+    (tmp_path / "template.jinja").write_text(CHATML)
+    messages = fields | {"output_dir": str(tmp_path / "a"), "chat_template_path": str(tmp_path / "template.jinja")}
+    tokens = fields | {"output_dir": str(tmp_path / "b")}
+    assert samples_of(ranks(2).run(train, messages)) == samples_of(ranks(2).run(train_on_tokens, tokens))
+    assert_same_run(messages, tokens, tolerance=0)
+    on_policy = {line["train/on_policy"] for line in metrics_of(tokens["output_dir"])}
+    assert on_policy == {0.0, 1.0}

@@ -192,3 +192,9 @@ def test_data_seed_orders_the_rows(tokenizer):
 
     assert order(seed=1, data_seed=5) == order(seed=2, data_seed=5) == order(seed=5)
     assert order(seed=5, data_seed=1) != order(seed=5)
+
+
+def test_no_prompt_is_scored():
+    assert GKDConfig(**SHORT, completion_only_loss=True) is not None
+    with pytest.raises(ValueError, match="completion_only_loss=false: tokens of a prompt never count"):
+        GKDConfig(**SHORT, completion_only_loss=False)
