@@ -128,8 +128,8 @@ def _contradictions() -> Iterator[Rule]:
         ("completion_only_loss",),
         lambda c: c.completion_only_loss is not False,
         lambda c: (
-            "completion_only_loss=false: tokens of a prompt never count; rows of one text (dataset_text_field) are scored "
-            "whole, with lmbda=0"
+            "completion_only_loss=false: tokens of a prompt never count; rows of one text (dataset_text_field) are "
+            "scored whole, with lmbda=0"
         ),
     )
     yield Rule(
