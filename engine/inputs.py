@@ -153,6 +153,12 @@ class Reader:
     def _read_training_rows(self, read: Read) -> None:
         split = self.config.dataset_train_split
         rows = self._rows(self.inputs.train_dataset, split, read)
+        if self.config.loss_normalization == "trl" and rows.rules.answers != "all":
+            if isinstance(rows, StreamRows) or rows.has_bare_prompts:
+                raise ValueError(
+                    "loss_normalization=trl divides by the tokens of the dataset's answers, and rows without one have "
+                    "none (of a stream that cannot be known): use loss_normalization=token"
+                )
         read.data = StepData(rows, self.config, self.world_size, self.rank)
         if not read.data.has_length:
             check_has_no_epochs(self.config)

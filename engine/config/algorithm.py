@@ -31,8 +31,9 @@ class AlgorithmFields:
     label_smoothing_factor: float = option(0.0, "Label smoothing of the reference term that `sft_weight` adds.")
     loss_normalization: str = option(
         "token",
-        "`token`: mean over all response tokens; `sequence`: mean per sequence first.",
-        choices=("token", "sequence"),
+        "`token`: mean over all response tokens; `sequence`: mean per sequence first; `trl`: as TRL 1.16 has it, see "
+        "engine/loss/README.md.",
+        choices=("token", "sequence", "trl"),
     )
     router_aux_loss_coef: float | None = option(
         None, "Weight of a mixture of experts' load-balancing loss; unset: as the student's configuration says."

@@ -125,6 +125,14 @@ def _contradictions() -> Iterator[Rule]:
         lambda c: "dataset_streaming=true: a stream has no length, so set max_steps as well",
     )
     yield Rule(
+        ("label_smoothing_factor", "sft_weight"),
+        lambda c: not c.label_smoothing_factor or c.sft_weight > 0,
+        lambda c: (
+            f"label_smoothing_factor={c.label_smoothing_factor} smooths the likelihood term, which sft_weight=0 leaves "
+            "out: set sft_weight, or remove it (a divergence has the teacher's distribution, and no labels)"
+        ),
+    )
+    yield Rule(
         ("completion_only_loss",),
         lambda c: c.completion_only_loss is not False,
         lambda c: (

@@ -18,12 +18,16 @@ class Sample:
     """One sequence: `input_ids` with the response tokens marked, and the prompt that a rollout starts from.
 
     A prompts-only row has `input_ids == prompt_ids` and no response token.
+
+    Attributes:
+        num_references: response tokens that the row's own answer had, where another one has taken its place.
     """
 
     prompt_ids: list[int]
     input_ids: list[int]
     response_mask: list[bool]
     index: int
+    num_references: int | None = None
 
     @property
     def num_response_tokens(self) -> int:
@@ -36,6 +40,7 @@ class Sample:
             input_ids=self.prompt_ids + token_ids,
             response_mask=[False] * len(self.prompt_ids) + [True] * len(token_ids),
             index=self.index if index is None else index,
+            num_references=self.num_response_tokens if self.num_references is None else self.num_references,
         )
 
 
@@ -45,6 +50,7 @@ class PackedBatch:
 
     Attributes:
         num_sequences: B.
+        num_references: response tokens of the dataset's answers, also where others have taken their place.
         input_ids_T, position_ids_T: int64 [T].
         predictor_N: int64 [N], packed positions whose hidden state predicts a response token.
         target_ids_N: int64 [N], the response tokens.
@@ -53,6 +59,7 @@ class PackedBatch:
     """
 
     num_sequences: int
+    num_references: int
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
     predictor_N: torch.Tensor
@@ -84,4 +91,7 @@ def pack(samples: list[Sample], device: torch.device | str) -> PackedBatch:
         targets += [sample.input_ids[i] for i in response]
         sequences += [row] * len(response)
         offsets += range(len(response))
-    return PackedBatch(len(samples), *(torch.tensor(c, dtype=torch.long, device=device) for c in columns))
+    references = [s.num_response_tokens if s.num_references is None else s.num_references for s in samples]
+    return PackedBatch(
+        len(samples), sum(references), *(torch.tensor(c, dtype=torch.long, device=device) for c in columns)
+    )

@@ -94,9 +94,14 @@ class MapRows:
         row = self._encoded[number]
         return Sample(row["prompt_ids"].tolist(), row["input_ids"].tolist(), row["response_mask"].tolist(), index)
 
+    @property
+    def has_bare_prompts(self) -> bool:
+        """Whether a row that is used has no answer."""
+        return len(self._answered) < len(self._kept)
+
     def lacks_answers(self, first: int, count: int, seed: int, shuffle: bool) -> bool:
         """Whether steps on the dataset need an order of their own: some rows have an answer, and some none."""
-        return self.rules.answers == "some" and len(self._answered) < len(self._kept)
+        return self.rules.answers == "some" and self.has_bare_prompts
 
     def sampler(
         self, first: int, count: int, seed: int, shuffle: bool, answered: bool = False

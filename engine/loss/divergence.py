@@ -52,6 +52,8 @@ class DivergenceSpec:
         temperature: divides both logits. There is no T^2 factor.
         token_clip: cap on one token's divergence in nats; where it binds the token's gradient is zero.
         sft_weight: weight of the target's negative log-likelihood (at temperature 1), added to the divergence.
+        label_smoothing: share of that likelihood's target that is spread evenly over the vocabulary, as in
+            arXiv 1512.00567 section 7.
     """
 
     kind: str = "jsd"
@@ -60,6 +62,7 @@ class DivergenceSpec:
     temperature: float = 1.0
     token_clip: float | None = None
     sft_weight: float = 0.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind == "jsd" and self.beta in (0.0, 1.0):

@@ -55,14 +55,16 @@ def shard_sums(
     teacher_NS: torch.Tensor,
     norms_4N: torch.Tensor,
     target_N: torch.Tensor,
+    live_S: torch.Tensor | None,
     spec: DivergenceSpec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A shard's part of every sum over the vocabulary, [7, N], whose sums over shards are the values; and q and u,
+    """A shard's part of every sum over the vocabulary, [8, N], whose sums over shards are the values; and q and u,
     [N, S] each, from which `logit_gradient` goes on.
 
     Args:
         norms_4N: student max, student log-sum, teacher max, teacher log-sum.
         target_N: column of the target token in this shard, -1 where another shard has it.
+        live_S: 1 for a column with a vocabulary id, else 0; needed with label smoothing alone.
 
     They are stacked in the order of `TokenSums`.
     """
@@ -72,6 +74,9 @@ def shard_sums(
     f, u = DIVERGENCES[spec.kind].terms(log_q, log_p, q, p, spec)
     target = log_q.gather(1, target_N.clamp_min(0)[:, None])[:, 0] + norms_4N[1]
     is_top = (student_NS == norms_4N[0][:, None]) & (teacher_NS == norms_4N[2][:, None])
+    spread = torch.zeros_like(target)
+    if live_S is not None:
+        spread = ((student_NS - norms_4N[0][:, None]) * live_S).sum(-1)
     sums = TokenSums(
         divergence=f.sum(-1),
         k=u.sum(-1),
@@ -80,6 +85,7 @@ def shard_sums(
         acceptance=torch.minimum(p, q).sum(-1),
         num_shared_top=is_top.any(-1).to(q.dtype),
         target=torch.where(target_N >= 0, target, 0.0),
+        spread=spread,
     )
     return torch.stack(sums), q, u
 
@@ -92,18 +98,22 @@ def logit_gradient(
     sft_weight_N: torch.Tensor,
     raw_scale_N: torch.Tensor,
     target_N: torch.Tensor,
+    uniform_S: torch.Tensor | None,
     spec: DivergenceSpec,
 ) -> torch.Tensor:
-    """Gradient of sum_N (weight * divergence + sft_weight * nll) for the logits before the temperature, [N, S].
+    """Gradient of sum_N (weight * divergence + sft_weight * smoothed nll) for the logits before the temperature.
 
     Args:
         k_N: K summed over all shards. The shard's own K gives a wrong gradient under a right loss.
         raw_scale_N: turns q^temperature into the softmax at temperature 1.
+        uniform_S: the uniform distribution over the vocabulary; needed with label smoothing alone.
     """
     gradient = (u_NS - q_NS * k_N[:, None]).mul_((weight_N / spec.temperature)[:, None])
     if spec.sft_weight:
         raw_q = q_NS**spec.temperature * raw_scale_N[:, None]
         gradient = gradient + raw_q * sft_weight_N[:, None]
-        hit_N = torch.where(target_N >= 0, sft_weight_N, 0.0)
+        hit_N = torch.where(target_N >= 0, sft_weight_N * (1 - spec.label_smoothing), 0.0)
+        if uniform_S is not None:
+            gradient = gradient - sft_weight_N[:, None] * (uniform_S * spec.label_smoothing)
         gradient = gradient.scatter_add(1, target_N.clamp_min(0)[:, None], -hit_N[:, None])
     return gradient

@@ -28,10 +28,12 @@ class TokenCounts:
     Attributes:
         per_batch: int64 [ranks, micro-batches] on the host.
         num_sequences: sequences with a response, over all ranks.
+        num_references: response tokens that the dataset's own answers have, over all ranks.
     """
 
     per_batch: torch.Tensor
     num_sequences: int
+    num_references: int
 
     @property
     def total(self) -> int:
@@ -41,8 +43,9 @@ class TokenCounts:
 def count_response_tokens(batches: list[PackedBatch], device: torch.device) -> TokenCounts:
     """Count over all ranks: one collective and one read for the whole step. All ranks must call."""
     sequences = sum(batch.sequence_N.unique().numel() for batch in batches)
-    counts = gather_counts([*(batch.num_response_tokens for batch in batches), sequences], device)
-    return TokenCounts(counts[:, :-1], int(counts[:, -1].sum()))
+    references = sum(batch.num_references for batch in batches)
+    counts = gather_counts([*(batch.num_response_tokens for batch in batches), sequences, references], device)
+    return TokenCounts(counts[:, :-2], int(counts[:, -2].sum()), int(counts[:, -1].sum()))
 
 
 class Objective:
@@ -50,7 +53,9 @@ class Objective:
 
     def __init__(self, config: GKDConfig, student_head: StudentHead, device: torch.device) -> None:
         self.config, self.student_head, self.device = config, student_head, device
-        self.stream = build_stream(config, student_head.groups, student_head.ids_S.to(device))
+        self.stream = build_stream(
+            config, student_head.groups, student_head.ids_S.to(device), student_head.shared_vocab_size
+        )
 
     def begin(self, batches: list[PackedBatch], with_references: bool) -> LossStep:
         """The loss of these micro-batches, whose response tokens are counted here. All ranks must call.
@@ -59,7 +64,8 @@ class Objective:
         """
         c = self.config
         sft_weight = c.sft_weight if with_references else 0.0
-        spec = DivergenceSpec(c.divergence, c.beta, c.skew_alpha, c.temperature, c.token_clip, sft_weight)
+        smoothing = c.label_smoothing_factor if sft_weight else 0.0
+        spec = DivergenceSpec(c.divergence, c.beta, c.skew_alpha, c.temperature, c.token_clip, sft_weight, smoothing)
         return LossStep(self, spec, batches, count_response_tokens(batches, self.device))
 
 
@@ -99,23 +105,31 @@ class LossStep:
         return loss
 
     def token_weights(self, batch: PackedBatch) -> torch.Tensor:
-        """Weight of each token's loss, fp32 [N]; over all ranks and micro-batches they sum to 1."""
-        if self.objective.config.loss_normalization == "token":
-            num_tokens, device = batch.num_response_tokens, self.objective.device
-            return torch.full((num_tokens,), 1 / max(1, self.counts.total), device=device)
+        """Weight of each token's loss, fp32 [N]; over all ranks and micro-batches they sum to 1, but under `trl`.
+
+        TRL 1.16 divides by the labels of the dataset, also where a rollout has taken their place, and its gradients are
+        averaged over the ranks once more.
+        """
+        kind, num_ranks = self.objective.config.loss_normalization, self.objective.student_head.groups.world_size
+        if kind != "sequence":
+            divisor = self.counts.total if kind == "token" else num_ranks * self.counts.num_references
+            return torch.full((batch.num_response_tokens,), 1 / max(1, divisor), device=self.objective.device)
         lengths_B = torch.bincount(batch.sequence_N, minlength=batch.num_sequences)
         return 1 / (lengths_B[batch.sequence_N].float() * max(1, self.counts.num_sequences))
 
     def reduce(self) -> Totals:
         """Over all ranks and the micro-batches so far. All ranks must call."""
-        return self._sums.reduce()
+        totals = self._sums.reduce()
+        if not self.spec.label_smoothing:
+            del totals.means["uniform_nll"]  # which nothing has computed
+        return totals
 
 
-def build_stream(config: GKDConfig, groups: VocabGroups, ids_S: torch.Tensor) -> Stream:
+def build_stream(config: GKDConfig, groups: VocabGroups, ids_S: torch.Tensor, num_ids: int) -> Stream:
     on_cpu = ids_S.device.type == "cpu"
     chunk_bytes = config.loss_chunk_bytes or DEFAULT_CHUNK_BYTES["cpu" if on_cpu else "accelerator"]
     compiled = config.compile_loss == "on" or (config.compile_loss == "auto" and not on_cpu)
-    return Stream(groups, ids_S, chunk_bytes, compiled)
+    return Stream(groups, ids_S, chunk_bytes, compiled, num_ids)
 
 
 class ValueSums:

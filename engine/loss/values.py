@@ -20,6 +20,7 @@ class TokenSums(NamedTuple):
     acceptance: torch.Tensor  # sum of min(p, q)
     num_shared_top: torch.Tensor  # ids that are the top of both models
     target: torch.Tensor  # the target's shifted logit, z_target - max
+    spread: torch.Tensor  # sum of all shifted logits; zero without label smoothing
 
 
 class TokenValues(NamedTuple):
@@ -31,10 +32,11 @@ class TokenValues(NamedTuple):
     acceptance: torch.Tensor
     top1_agreement: torch.Tensor
     nll: torch.Tensor  # of the target, at temperature 1
+    uniform_nll: torch.Tensor  # mean over the vocabulary, at temperature 1; known with label smoothing alone
 
     @classmethod
-    def from_sums(cls, sums: TokenSums, log_sum_raw: torch.Tensor, temperature: float) -> TokenValues:
-        """`log_sum_raw`: the student's log-sum at temperature 1."""
+    def from_sums(cls, sums: TokenSums, log_sum_raw: torch.Tensor, temperature: float, num_ids: int) -> TokenValues:
+        """`log_sum_raw`: the student's log-sum at temperature 1; `num_ids`: size of the vocabulary."""
         return cls(
             divergence=sums.divergence,
             student_entropy=sums.student_entropy,
@@ -42,6 +44,7 @@ class TokenValues(NamedTuple):
             acceptance=sums.acceptance,
             top1_agreement=sums.num_shared_top.clamp_max(1.0),
             nll=log_sum_raw - sums.target * temperature,
+            uniform_nll=log_sum_raw - sums.spread * (temperature / num_ids),
         )
 
     @property

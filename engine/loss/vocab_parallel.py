@@ -9,8 +9,8 @@ Collectives (token group, in this order on every rank): one gather of weights an
 gather of hidden states and what the teacher's signal needs (both issued one chunk ahead), statistics, sums, and the
 return of the hidden gradients (collected one chunk later).
 
-Shapes: N tokens of this rank, C tokens of a chunk on one rank, M = G * C tokens of a chunk, S rows of the
-shard, H the student's hidden.
+Shapes: N tokens of this rank, C tokens of a chunk on one rank, M = G * C tokens of a chunk, K values of a token, S rows
+of the shard, H the student's hidden.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ class Stream:
         ids_S: vocabulary id of each row of the shard, on the device; -1 marks padding.
         chunk_bytes: memory for the logits of one chunk; more makes larger GEMMs and fewer collectives.
         compiled: fuse the element-wise part with torch.compile.
+        num_ids: size of the vocabulary that student and teacher share.
     """
 
     groups: VocabGroups
     ids_S: torch.Tensor
     chunk_bytes: int
     compiled: bool = False
+    num_ids: int = 1
 
     @functools.cached_property
     def column_of_id(self) -> torch.Tensor:
@@ -101,8 +103,8 @@ def vocab_parallel_divergence(
     """
     want_grad = torch.is_grad_enabled() and student_hidden_NH.requires_grad
     sweep = _Sweep(student, signal, spec, stream, want_grad)
-    loss, values_6N = _StreamedDivergence.apply(student_hidden_NH, sweep, target_ids_N, weight_N, num_tokens_max)
-    return loss, TokenValues(*values_6N)
+    loss, values_KN = _StreamedDivergence.apply(student_hidden_NH, sweep, target_ids_N, weight_N, num_tokens_max)
+    return loss, TokenValues(*values_KN)
 
 
 class _StreamedDivergence(torch.autograd.Function):
@@ -117,13 +119,14 @@ class _StreamedDivergence(torch.autograd.Function):
         weight_N: torch.Tensor,
         num_tokens_max: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_grad_NH, values_6N = sweep.run(student_hidden_NH, target_ids_N, weight_N, num_tokens_max)
-        values, spec = TokenValues(*values_6N), sweep.spec
+        hidden_grad_NH, values_KN = sweep.run(student_hidden_NH, target_ids_N, weight_N, num_tokens_max)
+        values, spec = TokenValues(*values_KN), sweep.spec
         divergence_N = values.divergence if spec.token_clip is None else values.divergence.clamp(max=spec.token_clip)
-        loss = (weight_N * (divergence_N + spec.sft_weight * values.nll)).sum()
+        nll_N = values.nll if not spec.label_smoothing else values.nll.lerp(values.uniform_nll, spec.label_smoothing)
+        loss = (weight_N * (divergence_N + spec.sft_weight * nll_N)).sum()
         ctx.save_for_backward(hidden_grad_NH)
-        ctx.mark_non_differentiable(values_6N)
-        return loss, values_6N
+        ctx.mark_non_differentiable(values_KN)
+        return loss, values_KN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -138,17 +141,21 @@ class _Sweep:
     def __init__(self, student: HeadShard, signal: Signal, spec: DivergenceSpec, stream: Stream, want_grad: bool):
         self.student, self.signal, self.spec, self.stream, self.want_grad = student, signal, spec, stream, want_grad
         self.group, self.group_size = stream.groups.tokens, stream.groups.group_size
+        self.live_S: torch.Tensor | None = None
+        if spec.label_smoothing:
+            self.live_S = torch.ones(stream.ids_S.numel(), device=stream.ids_S.device)
+            self.live_S[student.masked_columns] = 0.0
 
     def run(
         self, student_hidden_NH: torch.Tensor, target_ids_N: torch.Tensor, weight_N: torch.Tensor, num_tokens_max: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hidden states' gradient (zeros where none is wanted), and `TokenValues` stacked, fp32 [6, N]."""
+        """The hidden states' gradient (zeros where none is wanted), and `TokenValues` stacked, fp32 [K, N]."""
         num_tokens, width = student_hidden_NH.shape
         chunk = self.stream.chunk_tokens(width, self.signal, self.student.softcap is not None)
         spans = [(start, min(start + chunk, num_tokens_max)) for start in range(0, num_tokens_max, chunk)]
         weights, targets = self._gather_scalars(weight_N, target_ids_N, num_tokens_max)
         hidden_grad_NH = torch.zeros_like(student_hidden_NH)
-        values_6N = student_hidden_NH.new_zeros(len(TokenValues._fields), num_tokens, dtype=torch.float32)
+        values_KN = student_hidden_NH.new_zeros(len(TokenValues._fields), num_tokens, dtype=torch.float32)
         coming = self._fetch(student_hidden_NH, *spans[0]) if spans else None
         returning: Callable[[], None] | None = None
         for index, (start, stop) in enumerate(spans):
@@ -161,13 +168,13 @@ class _Sweep:
             own = slice(start, min(stop, num_tokens))
             place = self.stream.groups.rank % self.group_size
             own_part = torch.stack(values_M).view(-1, self.group_size, stop - start)[:, place]
-            values_6N[:, own] = own_part[:, : max(0, num_tokens - start)]
+            values_KN[:, own] = own_part[:, : max(0, num_tokens - start)]
             if returning is not None:
                 returning()
             returning = None if partial_grad_MH is None else self._return(partial_grad_MH, hidden_grad_NH, own)
         if returning is not None:
             returning()
-        return hidden_grad_NH, values_6N
+        return hidden_grad_NH, values_KN
 
     def _gather_scalars(
         self, weight_N: torch.Tensor, target_ids_N: torch.Tensor, num_tokens_max: int
@@ -228,22 +235,23 @@ class _Sweep:
 
         parts = []
         for b in blocks:
-            part, q, u = fused.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], spec)
+            part, q, u = fused.sums(student_MS[b], teacher_MS[b], norms_4M[:, b], target_M[b], self.live_S, spec)
             parts.append(part)
             student_MS[b], teacher_MS[b] = q, u
         sums = TokenSums(*self._sum_over_shards(torch.cat(parts, dim=1)))
-        values = TokenValues.from_sums(sums, log_sum_raw_M, spec.temperature)
+        values = TokenValues.from_sums(sums, log_sum_raw_M, spec.temperature, self.stream.num_ids)
         if not self.want_grad:
             return values, None
 
         divergence_weight_M = weight_M
         if spec.token_clip is not None:
             divergence_weight_M = torch.where(sums.divergence <= spec.token_clip, weight_M, 0.0)
+        uniform_S = None if self.live_S is None else self.live_S / self.stream.num_ids
         raw_scale_M = (spec.temperature * norms_4M[1] - log_sum_raw_M).exp()
         for b in blocks:
             student_MS[b] = fused.gradient(
                 student_MS[b], teacher_MS[b], sums.k[b], divergence_weight_M[b], weight_M[b] * spec.sft_weight,
-                raw_scale_M[b], target_M[b], spec,
+                raw_scale_M[b], target_M[b], uniform_S, spec,
             )  # fmt: skip
         if slope_MS is not None:
             student_MS *= slope_MS
@@ -251,11 +259,11 @@ class _Sweep:
             student_MS *= self.student.scale
         return values, self._head_backward(student_MS, student_MH)
 
-    def _sum_over_shards(self, stacked_7M: torch.Tensor) -> torch.Tensor:
+    def _sum_over_shards(self, stacked_KM: torch.Tensor) -> torch.Tensor:
         """The second reduction. Without it every value but the loss looks right and the gradient is wrong."""
         if self.group_size > 1:
-            dist.all_reduce(stacked_7M, group=self.group)
-        return stacked_7M
+            dist.all_reduce(stacked_KM, group=self.group)
+        return stacked_KM
 
     def _head_backward(self, logit_grad_MS: torch.Tensor, student_MH: torch.Tensor) -> torch.Tensor:
         """Accumulate the head's gradient in fp32; return the shard's part of the hidden gradient."""

@@ -24,6 +24,7 @@ SPECS = [DivergenceSpec("jsd", beta=b, temperature=t) for b in (0.0, 0.1, 0.5, 0
     DivergenceSpec("total_variation"),
     DivergenceSpec("jsd", beta=0.3, token_clip=0.265),
     DivergenceSpec("reverse_kl", temperature=2.0, sft_weight=0.5),
+    DivergenceSpec("jsd", beta=0.3, temperature=0.7, sft_weight=0.5, label_smoothing=0.2),
 ]
 
 
@@ -40,7 +41,9 @@ def dense_step(case: Case, reference, spec: DivergenceSpec, world_size: int) -> 
                 z = student(ids).logits[0, :-1][keep][:, :shared]
                 with torch.no_grad():
                     t = teacher(ids).logits[0, :-1][keep][:, :shared]
-                nll = torch.nn.functional.cross_entropy(z, ids[0, 1:][keep], reduction="none")
+                nll = torch.nn.functional.cross_entropy(
+                    z, ids[0, 1:][keep], reduction="none", label_smoothing=spec.label_smoothing
+                )
                 terms.append(dense_divergence(z, t, spec) + spec.sft_weight * nll)
     loss = torch.cat(terms).mean()
     student.zero_grad()
@@ -116,7 +119,9 @@ VARIANTS = [
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_variants_equal_dense(ranks, world_size, case):
     for rows in ranks(world_size).run(
-        check_gradients, case, [DivergenceSpec("jsd", beta=0.3), DivergenceSpec("reverse_kl", temperature=2.0)]
+        check_gradients,
+        case,
+        [DivergenceSpec("jsd", beta=0.3), DivergenceSpec("reverse_kl", temperature=2.0), SPECS[-1]],
     ):
         assert_close(rows)
 

@@ -73,7 +73,7 @@ def build_case(case: Case, learning_rate: float = 0.0, hidden_size: int = 16):
     built = build_student(config, student, groups, shared, num_steps=10)
     teacher = build_teacher(config, teacher, torch.device("cpu"))
     teacher.attach(built)
-    return built, teacher, Stream(groups, built.head.ids_S, case.chunk_bytes, case.compiled), reference
+    return built, teacher, Stream(groups, built.head.ids_S, case.chunk_bytes, case.compiled, shared), reference
 
 
 def train_step(case: Case, parts, spec: DivergenceSpec) -> float:

@@ -20,5 +20,7 @@ def test_each_place_is_one_ranks(count, world_size, batch_size):
 
 def test_a_new_response_takes_the_place_of_the_old():
     old = Sample([1, 2], [1, 2, 8, 9, 7], [False, False, True, True, False], index=5)
-    assert old.with_response([3, 4]) == Sample([1, 2], [1, 2, 3, 4], [False, False, True, True], index=5)
-    assert old.with_response([], index=11) == Sample([1, 2], [1, 2], [False, False], index=11)
+    assert old.with_response([3, 4]) == Sample(
+        [1, 2], [1, 2, 3, 4], [False, False, True, True], index=5, num_references=2
+    )
+    assert old.with_response([], index=11) == Sample([1, 2], [1, 2], [False, False], index=11, num_references=2)

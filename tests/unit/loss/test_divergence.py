@@ -23,7 +23,7 @@ def stream_over_logits(groups, student_NV, teacher_NV, spec, chunk_bytes=2**22):
     hidden = student_NV.clone().requires_grad_()
     count = student_NV.shape[0]
     targets = torch.arange(count) % vocab
-    stream = Stream(groups, torch.arange(vocab), chunk_bytes)
+    stream = Stream(groups, torch.arange(vocab), chunk_bytes, num_ids=vocab)
     loss, values = vocab_parallel_divergence(
         hidden, HiddenSignal(teacher_NV, teacher), student, targets, torch.ones(count), count, spec, stream
     )
@@ -211,7 +211,8 @@ def test_values_of_the_sweep(alone):
     torch.manual_seed(0)
     z, t = 2 * torch.randn(7, 50), 2 * torch.randn(7, 50)
     t[0] = z[0]
-    _, _, values = stream_over_logits(alone, z, t, DivergenceSpec("jsd", beta=0.5, temperature=0.7))
+    spec = DivergenceSpec("jsd", beta=0.5, temperature=0.7, sft_weight=1.0, label_smoothing=0.1)
+    _, _, values = stream_over_logits(alone, z, t, spec)
     q, p = (torch.softmax(x.double() / 0.7, -1) for x in (z, t))
     nll = torch.nn.functional.cross_entropy(z.double(), torch.arange(7), reduction="none")
     expected = {
@@ -221,6 +222,7 @@ def test_values_of_the_sweep(alone):
         "acceptance": torch.minimum(p, q).sum(-1),
         "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double(),
         "nll": nll,  # of the target at temperature 1
+        "uniform_nll": -torch.log_softmax(z.double(), -1).mean(-1),
     }
     assert TokenValues._fields == tuple(expected)
     for name, value in values._asdict().items():
