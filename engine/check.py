@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from engine.cluster import hosts
 from engine.cluster.agreement import differences, from_main, gather, merge_problems, require_same, together
 from engine.config import GKDConfig
+from engine.config.source import student_source
 from engine.data.sources import fingerprint, load_rows
 from engine.models.backbone import count_parameters
 from engine.tracking.tracker import package_versions
@@ -102,7 +103,7 @@ def check_cluster(config: GKDConfig, device: torch.device) -> list[str]:
     problems: list[str] = []
     with hosts.host_by_host(config.prepare_timeout_s):
         found = _attempt(problems, lambda: fingerprint(load_rows(config, config.dataset_train_split)))
-        num_parameters = _attempt(problems, lambda: count_parameters(config.model_name_or_path, config)) or 0
+        num_parameters = _attempt(problems, lambda: count_parameters(student_source(config))) or 0
     record = _attempt(problems, lambda: describe_setup(config)) or {}
     record |= {"device": describe_device(), "dataset": found or "unreadable"}
     records = gather(record)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.checkpoint.parts import check_saveable, export_parts
 from engine.cluster.logs import bars_on_console
 from engine.config import GKDConfig
+from engine.config.source import ModelSource, student_source, teacher_source
 from engine.data.batch import Sample
 from engine.data.chat import stop_token_ids
 from engine.data.encoding import Format
@@ -92,10 +94,8 @@ class Reader:
             ValueError: for input that cannot work.
         """
         config, inputs = self.config, self.inputs
-        student_config = self._model_config(inputs.model, config.model_name_or_path, "model_name_or_path")
-        teacher_config = self._model_config(
-            inputs.teacher_model, config.teacher_model_name_or_path, "teacher_model_name_or_path"
-        )
+        student_config = self._model_config(inputs.model, student_source)
+        teacher_config = self._model_config(inputs.teacher_model, teacher_source)
         for who, model_config in (("student", student_config), ("teacher", teacher_config)):
             check_positions(model_config, config.max_length, who, self.rank == 0)
         shared_vocab_size = min(c.get_text_config().vocab_size for c in (student_config, teacher_config))
@@ -109,25 +109,20 @@ class Reader:
             self._check_export(student_config, read.tokenizer)
             self._read_training_rows(read)
         self._read_evaluation_rows(read)
-        for given, name in (
-            (inputs.model, config.model_name_or_path),
-            (inputs.teacher_model, config.teacher_model_name_or_path),
-        ):
+        for given, source_of in ((inputs.model, student_source), (inputs.teacher_model, teacher_source)):
             if given is None:
-                assert name is not None  # `_model_config` has read it
-                download_model(name)
+                download_model(source_of(config))
         return read
 
     @property
     def wants_evaluation(self) -> bool:
         return not self.train or self.config.eval_strategy != "no" or self.config.eval_on_start
 
-    def _model_config(self, model: nn.Module | None, name: str | None, field_name: str) -> Any:
+    def _model_config(self, model: nn.Module | None, source_of: Callable[[GKDConfig], ModelSource]) -> Any:
         """The model's configuration, after the check that its class can be used."""
         if model is None:
-            if name is None:
-                raise ValueError(f"{field_name} is not set, and no model object was given")
-            model = build_on_meta(name, read_model_config(name, self.config), self.config)
+            source = source_of(self.config)
+            model = build_on_meta(source, read_model_config(source))
         check_usable(model, longest_row(self.config))
         return model.config
 
@@ -136,8 +131,7 @@ class Reader:
         if self.inputs.model is not None:
             settings = self.inputs.model.generation_config
         else:
-            assert self.config.model_name_or_path is not None  # `_model_config` has read it
-            settings = read_generation_config(self.config.model_name_or_path, student_config)
+            settings = read_generation_config(student_source(self.config), student_config)
         stop_ids = stop_ids_of(self.config, tokenizer, settings)
         check_saveable(export_parts(student_config, settings, tokenizer, stop_ids))
 
@@ -201,7 +195,8 @@ class Reader:
         if given is not None:
             tokenizer = prepare_tokenizer(plain_tokenizer(given), changes)
         elif config.model_name_or_path is not None:
-            tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, changes)
+            source = student_source(config)
+            tokenizer = load_tokenizer(source.name, source.trust_remote_code, source.revision, changes)
         else:
             raise ValueError("a model object came without its tokenizer: pass processing_class=")
         # more ids than rows are no fault of their own
@@ -222,8 +217,8 @@ class Reader:
         if inputs.teacher_tokenizer is not None:
             return plain_tokenizer(inputs.teacher_tokenizer)
         if inputs.teacher_model is None:
-            assert config.teacher_model_name_or_path is not None  # `_model_config` has read it
-            return load_tokenizer(config.teacher_model_name_or_path, config.trust_remote_code)
+            source = teacher_source(config)
+            return load_tokenizer(source.name, source.trust_remote_code, source.revision)
         return load_tokenizer_at_hand(inputs.teacher_model.config.name_or_path, config.trust_remote_code)
 
 
@@ -234,6 +229,12 @@ def check_objects(config: GKDConfig, inputs: Inputs) -> None:
         ValueError: where the two contradict each other.
     """
     fields = GKDConfig.options()
+    for model, name in ((inputs.model, "model"), (inputs.teacher_model, "teacher_model")):
+        if model is not None and getattr(config, f"{name}_init_kwargs") is not None:
+            raise ValueError(
+                f"{name}_init_kwargs says how a model is loaded by name, and {name}= came as an object: leave it out, "
+                "or give the name"
+            )
     if inputs.optimizer is not None:
         for name in ("optim", "optim_args"):
             if getattr(config, name) != fields[name].default:

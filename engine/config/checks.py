@@ -14,6 +14,7 @@ from engine.config.models import RESERVED_TEMPLATE_KWARGS
 from engine.config.optimizers import optimizer_problem
 from engine.config.options import options_of
 from engine.config.refused import HARMLESS, RefusedFields
+from engine.config.source import init_kwargs_problem
 
 POSITIVE = """max_length max_new_tokens per_device_train_batch_size per_device_eval_batch_size teacher_tp_size
     num_generations generation_rows rollout_reuse max_bad_steps gradient_accumulation_steps timeout_s
@@ -148,6 +149,12 @@ def _contradictions() -> Iterator[Rule]:
             f"allowed are {', '.join(DATASET_KWARGS)}, and add_special_tokens=false"
         ),
     )
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        yield Rule(
+            (name,),
+            lambda c, name=name: init_kwargs_problem(name, getattr(c, name)) is None,  # type: ignore[misc]
+            lambda c, name=name: str(init_kwargs_problem(name, getattr(c, name))),  # type: ignore[misc]
+        )
     yield Rule(
         ("optim", "optim_args"),
         lambda c: optimizer_problem(c.optim, c.optim_args) is None,

@@ -51,9 +51,11 @@ MAPPED: Mapping[str, str] = MappingProxyType(
         "resume_from_checkpoint": "Resumes by itself, whether or not the script hands it to `train()`; true is the "
         "newest complete checkpoint, or a fresh start.",
         "overwrite_output_dir": "As in older versions; it removes what an earlier run left in the folder.",
-        "model_init_kwargs": "How the student is loaded by name; its weights are held in fp32 by ZeRO-3.",
+        "model_init_kwargs": "`attn_implementation`, `revision` and `trust_remote_code` of the student by name. "
+        "`dtype` decides nothing: ZeRO-3 holds fp32 weights, `bf16` says how they compute. `device_map` and quantized "
+        "weights are refused.",
         "teacher_model_name_or_path": "Unset, with no teacher object either, it is an error.",
-        "teacher_model_init_kwargs": "How the teacher is loaded by name.",
+        "teacher_model_init_kwargs": "The same of the teacher by name; it computes as `bf16` says.",
         "dataset_num_proc": "Unset is one process per core, and one alone for few rows.",
         "max_length": "Completions are cut to fit, prompts never; it has to be a number.",
         "completion_only_loss": "True and unset are the same; false is an error, as no prompt's token counts.",

@@ -60,9 +60,12 @@ NO_CHANGES = TokenizerChanges()
 
 
 def load_tokenizer(
-    path_or_name: str, trust_remote_code: bool = False, changes: TokenizerChanges = NO_CHANGES
+    path_or_name: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    changes: TokenizerChanges = NO_CHANGES,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name, a Hugging Face folder, a SentencePiece file or a folder that holds one.
+    """The tokenizer of a hub name (of a revision), a Hugging Face folder, a SentencePiece file or a folder with one.
 
     Raises:
         ValueError: where it cannot be loaded, has no eos token, or is not a `tokenizers`-backed (fast) one.
@@ -71,8 +74,9 @@ def load_tokenizer(
     model_file = find_sentencepiece_file(path)
     if model_file is not None and not (path / "tokenizer_config.json").is_file():
         return prepare_tokenizer(tokenizer_from_sentencepiece(model_file), changes)
+    at = {} if revision is None else {"revision": revision}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=trust_remote_code, **at)
     except Exception as error:  # the Rust side of `tokenizers` raises plain Exception for a broken file
         raise ValueError(
             f"no tokenizer could be loaded from {path_or_name!r} ({type(error).__name__}: {error}). Give a hub name, "

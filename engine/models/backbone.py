@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from engine.cluster.agreement import raise_together
 from engine.config import GKDConfig
+from engine.config.source import ModelSource
 from engine.data.batch import PackedBatch, Sample, pack
 from engine.models.shards import load_partitioned
 from engine.models.structure import check_packable, find_transform, is_composite, position_rows, text_backbone, unusable
@@ -74,8 +75,8 @@ def compute_dtype(config: GKDConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float32
 
 
-def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] | None) -> nn.Module:
-    """Load a causal LM in the run's compute dtype; with ZeRO-3 settings, partitioned while it loads.
+def load_causal_lm(source: ModelSource, dtype: torch.dtype, zero_settings: dict[str, Any] | None) -> nn.Module:
+    """Load a causal LM in the run's compute `dtype`; with ZeRO-3 settings, partitioned while it loads.
 
     All ranks must call. Each reads its own pieces from safetensors files; other files, and checkpoints that
     transformers converts, are read by rank 0, which scatters one tensor at a time.
@@ -83,18 +84,18 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     Raises:
         ValueError: where there is no such model, or its files lack a tensor or have it in another shape.
     """
-    options = {"dtype": compute_dtype(config), "attn_implementation": config.attn_implementation}
-    options["trust_remote_code"] = config.trust_remote_code
-    model_config = read_model_config(name, config)
+    options = {"dtype": dtype, "attn_implementation": source.attn_implementation}
+    options["trust_remote_code"] = source.trust_remote_code
+    name, model_config = source.name, read_model_config(source)
     auto_class = find_auto_class(name, model_config)
     if zero_settings is not None:
         if is_composite(model_config):
-            build_on_meta(name, model_config, config)  # imports its parts
+            build_on_meta(source, model_config)  # imports its parts
         # Imported inside DeepSpeed's zero.Init (0.19.8), classes would lose what decorators add to their __init__ when
         # that context ends, as the experts of MoE models do: by now they are imported.
-        model = load_partitioned(name, auto_class, model_config, zero_settings, **options)
+        model = load_partitioned(source, auto_class, model_config, zero_settings, **options)
         if model is not None:
-            model.generation_config = read_generation_config(name, model.config)
+            model.generation_config = read_generation_config(source, model.config)
             return model
     # transformers partitions inside from_pretrained while this object lives; afterwards it would switch generate's
     # synced_gpus on by itself.
@@ -102,7 +103,11 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     model, problem = None, None
     try:
         model, info = auto_class.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=zero_settings is None, **options
+            name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=zero_settings is None,
+            **options,
+            **source.of_hub,
         )
         check_complete(name, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"])
     except torch.OutOfMemoryError:
@@ -118,32 +123,33 @@ def load_causal_lm(name: str, config: GKDConfig, zero_settings: dict[str, Any] |
     return model
 
 
-def read_generation_config(name: str, model_config: Any) -> GenerationConfig:
+def read_generation_config(source: ModelSource, model_config: Any) -> GenerationConfig:
     """The model's generation settings (its stop tokens matter here), from the file where there is one."""
     try:
-        return GenerationConfig.from_pretrained(name)
+        return GenerationConfig.from_pretrained(source.name, **source.of_hub)
     except OSError:
         return GenerationConfig.from_model_config(model_config)
 
 
-def read_model_config(name: str, config: GKDConfig) -> Any:
+def read_model_config(source: ModelSource) -> Any:
     """The model's configuration alone, to check vocabulary, head and attention before any weight is read.
 
     Raises:
         ValueError: where there is no such model, its weights are quantized, or the attention kernel leaves out a soft
             cap that the model has.
     """
+    name = source.name
     try:
-        model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(name, trust_remote_code=source.trust_remote_code, **source.of_hub)
     except (OSError, ValueError) as error:
-        raise not_found(name, error) from error
+        raise not_found(source, error) from error
     except StrictDataclassError as error:
         raise ValueError(f"model {name!r}: its config.json is wrong: {' '.join(str(error).split())}") from error
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         raise ValueError(f"model {name!r}: its weights are quantized ({method}): use or make an unquantized copy")
-    if model_config.model_type == "gemma2" and config.attn_implementation == "sdpa":
+    if model_config.model_type == "gemma2" and source.attn_implementation == "sdpa":
         raise ValueError(
             f"model {name!r}: Gemma 2 caps its attention logits, which attn_implementation=sdpa cannot do (NaN logits "
             "and wrong gradients follow): use flash_attention_2 on a GPU, or eager"
@@ -151,9 +157,10 @@ def read_model_config(name: str, config: GKDConfig) -> Any:
     return model_config
 
 
-def not_found(name: str, error: Exception) -> ValueError:
+def not_found(source: ModelSource, error: Exception) -> ValueError:
     """What a model's name is told that leads nowhere."""
-    return ValueError(f"model {name!r}: neither a local Hugging Face folder nor a reachable hub model ({error})")
+    where = f"hub model of revision {source.revision!r}" if source.revision else "hub model"
+    return ValueError(f"model {source.name!r}: neither a local Hugging Face folder nor a reachable {where} ({error})")
 
 
 def check_positions(model_config: Any, max_length: int, who: str, may_warn: bool) -> None:
@@ -184,7 +191,7 @@ def check_positions(model_config: Any, max_length: int, who: str, may_warn: bool
         )  # fmt: skip
 
 
-def download_model(name: str) -> None:
+def download_model(source: ModelSource) -> None:
     """Fetch a hub model's files into this host's cache, and check that the weights are whole; a local folder is only
     checked. The weights are `*.safetensors`, or `*.bin` where there are no such files.
 
@@ -192,14 +199,15 @@ def download_model(name: str) -> None:
         ValueError: where the hub has no such model, or cannot be reached and the cache does not have it; for weight
             files that are missing or cut short.
     """
+    name = source.name
     if Path(name).exists():
         return check_files(name, Path(name))
     try:
-        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, **source.of_hub))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"])
+            snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"], **source.of_hub)
     except (OSError, ValueError) as error:  # the hub's errors derive from one of them
-        raise not_found(name, error) from error
+        raise not_found(source, error) from error
     return check_files(name, folder)
 
 
@@ -222,10 +230,11 @@ def find_auto_class(name: str, model_config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def build_on_meta(name: str, model_config: Any, config: GKDConfig) -> nn.Module:
+def build_on_meta(source: ModelSource, model_config: Any) -> nn.Module:
     """The model without weights. Raises ValueError where transformers cannot build it."""
+    name = source.name
     auto_class = find_auto_class(name, model_config)
-    options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+    options = {"attn_implementation": source.attn_implementation, "trust_remote_code": source.trust_remote_code}
     try:
         with torch.device("meta"), no_init_weights():
             model = auto_class.from_config(model_config, **options)
@@ -279,11 +288,9 @@ def check_packing(model: nn.Module, score: Callable[[PackedBatch], torch.Tensor]
         )
 
 
-def count_parameters(name: str | None, config: GKDConfig) -> int:
+def count_parameters(source: ModelSource) -> int:
     """Parameters of a model, from its configuration alone; ValueError where there is none of that name."""
-    if name is None:
-        raise ValueError("model_name_or_path is not set")
-    return build_on_meta(name, read_model_config(name, config), config).num_parameters()
+    return build_on_meta(source, read_model_config(source)).num_parameters()
 
 
 def switch_dropout_off(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from engine.cluster.agreement import raise_together
+from engine.config.source import ModelSource
 from engine.models.weights import (
     HARMLESS,
     TensorFiles,
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_partitioned(
-    name: str, auto_class: Any, config: Any, settings: dict[str, Any], **options: Any
+    source: ModelSource, auto_class: Any, config: Any, settings: dict[str, Any], **options: Any
 ) -> nn.Module | None:
     """The model of `config` under ZeRO-3 `settings`, its pieces read from the files. All ranks must call.
 
@@ -42,7 +43,7 @@ def load_partitioned(
     Raises:
         ValueError: for tensors of another shape than the model's, and tied ones that differ.
     """
-    files = find_tensor_files(name)
+    name, files = source.name, find_tensor_files(source)
     if files is None or not partitions.can_fill_pieces(settings):
         return None
     with no_init_weights(), prevent_arange_dtype_change(), partitions.partitioned_construction(settings):

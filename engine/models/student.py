@@ -14,6 +14,7 @@ from torch import nn
 
 from engine.cluster.collectives import VocabGroups
 from engine.config import GKDConfig
+from engine.config.source import student_source
 from engine.data.batch import PackedBatch
 from engine.loss.head import HeadShard, StudentHead
 from engine.models.backbone import (
@@ -110,8 +111,7 @@ def build_student(
     is_given = given_optimizer is not None
     settings = resolve_deepspeed(config, groups.world_size, is_given=is_given)
     if model is None:
-        assert config.model_name_or_path is not None  # `assemble` has read its configuration
-        model = load_causal_lm(config.model_name_or_path, config, settings)
+        model = load_causal_lm(student_source(config), compute_dtype(config), settings)
     settings = resolve_deepspeed(
         config, groups.world_size, model.config.get_text_config().hidden_size, is_given=is_given
     )

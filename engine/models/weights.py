@@ -19,6 +19,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 
+from engine.config.source import ModelSource
+
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -96,17 +98,17 @@ def read_header(path: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items()}
 
 
-def weight_folder(name: str) -> Path:
+def weight_folder(source: ModelSource) -> Path:
     """The local folder of a model; of a hub model, its place in the cache, with the weights downloaded."""
-    folder = Path(name)
+    folder = Path(source.name)
     if folder.is_dir():
         return folder
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.index.json"]))
+    return Path(snapshot_download(source.name, allow_patterns=["*.safetensors", "*.index.json"], **source.of_hub))
 
 
-def find_tensor_files(name: str) -> TensorFiles | None:
+def find_tensor_files(source: ModelSource) -> TensorFiles | None:
     """The safetensors files of a local folder or a hub model; None where it has none. ValueError as `TensorFiles`."""
-    return tensor_files_in(weight_folder(name))
+    return tensor_files_in(weight_folder(source))
 
 
 def tensor_files_in(folder: Path) -> TensorFiles | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.config import GKDConfig
+from engine.config.source import teacher_source
 from engine.models.backbone import HiddenStates, check_packing, compute_dtype, load_causal_lm
 from engine.teacher.interface import LocalTeacher
 from engine.teacher.offload import AlternatingTeacher
@@ -27,8 +28,7 @@ def build_teacher(config: GKDConfig, model: nn.Module | None, device: torch.devi
     """
     settings = teacher_settings(config) if config.teacher_placement == "zero3" else None
     if model is None:
-        assert config.teacher_model_name_or_path is not None  # `assemble` has read its configuration
-        model = load_causal_lm(config.teacher_model_name_or_path, config, settings)
+        model = load_causal_lm(teacher_source(config), compute_dtype(config), settings)
     model.eval().requires_grad_(False)
     model.to(compute_dtype(config))
     teacher = _place(config, model, device, settings)

@@ -11,8 +11,9 @@ from transformers import LlamaConfig
 
 from engine import GKDConfig
 from engine.bench.measure import _reset_peak, _status_bytes
+from engine.config.source import ModelSource
 from engine.data.batch import pack
-from engine.models.backbone import load_causal_lm
+from engine.models.backbone import compute_dtype, load_causal_lm
 from engine.teacher.placements import build_teacher
 from engine.zero import partitions
 from engine.zero.settings import teacher_settings
@@ -61,7 +62,7 @@ def test_every_placement_gives_the_same_hidden_states(ranks, tmp_path, world_siz
 def check_pieces(folder: str, dtype_bf16: bool) -> list[str]:
     """Names of parameters whose pieces differ from the file's values."""
     config = GKDConfig(bf16=dtype_bf16, teacher_model_name_or_path=folder)
-    model = load_causal_lm(folder, config, teacher_settings(config))
+    model = load_causal_lm(ModelSource(folder), compute_dtype(config), teacher_settings(config))
     plain = dict(
         tiny_llama(101, tied=True, seed=5, hidden_size=32)
         .to(torch.bfloat16 if dtype_bf16 else torch.float32)
@@ -85,9 +86,11 @@ def test_pieces_are_read_from_one_file_or_many(ranks, tmp_path, bf16, shard_size
 def peak_while_loading(warm_up: str, folder: str) -> tuple[int, int]:
     """Peak memory over that before loading, and the whole model's fp32 size, in bytes."""
     config = GKDConfig(bf16=False)
-    load_causal_lm(warm_up, config, teacher_settings(config))  # imports what any load imports
+    load_causal_lm(
+        ModelSource(warm_up), compute_dtype(config), teacher_settings(config)
+    )  # imports what any load imports
     before = _reset_peak(on_cpu=True)
-    model = load_causal_lm(folder, config, teacher_settings(config))
+    model = load_causal_lm(ModelSource(folder), compute_dtype(config), teacher_settings(config))
     peak = _status_bytes("VmHWM") - before
     return peak, 4 * sum(p.ds_numel for p in model.parameters())
 

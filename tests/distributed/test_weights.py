@@ -11,7 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from engine import GKDConfig
-from engine.models.backbone import download_model, load_causal_lm
+from engine.config.source import ModelSource
+from engine.models.backbone import compute_dtype, download_model, load_causal_lm
 from engine.models.export import export_checkpoint
 from engine.models.weights import persistent_buffers
 from engine.zero.settings import teacher_settings
@@ -107,7 +108,7 @@ def errors(folders: dict[str, str], placement: str) -> dict[str, str]:
     results = {}
     for name, folder in folders.items():
         try:
-            load_causal_lm(folder, config, settings)
+            load_causal_lm(ModelSource(folder), compute_dtype(config), settings)
             results[name] = "loaded"
         except ValueError as error:
             results[name] = str(error)
@@ -131,7 +132,7 @@ def test_incomplete_weights_are_an_error(ranks, broken, placement, world_size):
 def test_files_that_cannot_be_read_are_named_before_anything_loads(unreadable):
     for name, (folder, message) in unreadable.items():
         with pytest.raises(ValueError) as caught:
-            download_model(str(folder))
+            download_model(ModelSource(str(folder)))
         assert message in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
 
 
@@ -149,7 +150,7 @@ def test_complete_weights_load(ranks, tmp_path):
         "shards": write(tmp_path / "shards", shards=True),
     }
     for folder in folders.values():
-        download_model(str(folder))
+        download_model(ModelSource(str(folder)))
     for placement in ("zero3", "replicated"):
         for results in ranks(2).run(errors, {n: str(f) for n, f in folders.items()}, placement):
             assert set(results.values()) == {"loaded"}, (placement, results)
@@ -167,5 +168,5 @@ def test_buffers_of_a_checkpoint_are_read_and_written(ranks, tmp_path):
     ranks(2).run(train, fields | {"model_name_or_path": str(tmp_path / "deepseek")})
     export_checkpoint(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "out", None)
     for folder in (tmp_path / "run" / "final", tmp_path / "out"):
-        loaded = load_causal_lm(str(folder), GKDConfig(bf16=False), None)
+        loaded = load_causal_lm(ModelSource(str(folder)), torch.float32, None)
         assert persistent_buffers(loaded)[key].tolist() == [3.0, -2.0, 1.0, 0.5]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from engine.check import CHECKPOINT_BYTES
-from engine.config import GKDConfig
+from engine.config.source import ModelSource
 from engine.models.backbone import count_parameters
 from tests.library.launch import launcher, run
 from tests.library.runs import write_run_inputs
@@ -43,5 +43,5 @@ def test_check_on_one_machine_and_the_size_of_a_checkpoint(recipe):
     assert done.returncode == 0, done.stdout[-3000:]
     checkpoint = recipe.parent / "run" / "checkpoints" / "step_2"
     written = sum(path.stat().st_size for path in checkpoint.glob("*optim_states.pt"))
-    expected = CHECKPOINT_BYTES * count_parameters(str(recipe.parent / "student"), GKDConfig())
+    expected = CHECKPOINT_BYTES * count_parameters(ModelSource(str(recipe.parent / "student")))
     assert written == pytest.approx(expected, rel=0.15)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.config.source import ModelSource
 from engine.models import backbone
 
 
@@ -27,13 +28,13 @@ def hub(monkeypatch, tmp_path):
 
 def test_weights_come_once_and_as_safetensors_where_there_are_any(hub):
     save_file({"a": torch.zeros(2)}, hub.folder / "model.safetensors")
-    backbone.download_model("org/model")
+    backbone.download_model(ModelSource("org/model"))
     assert hub.asked == [backbone.MODEL_FILES]
 
 
 def test_an_older_repository_gives_its_bin_files(hub):
     torch.save({"a": torch.zeros(2)}, hub.folder / "pytorch_model.bin")
-    backbone.download_model("org/model")
+    backbone.download_model(ModelSource("org/model"))
     assert [("*.bin" in patterns) for patterns in hub.asked] == [False, True]
 
 
@@ -42,12 +43,12 @@ def test_files_that_are_cut_short_are_named(hub):
     whole = (hub.folder / "model.safetensors").read_bytes()
     (hub.folder / "model.safetensors").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        backbone.download_model("org/model")
+        backbone.download_model(ModelSource("org/model"))
 
 
 def test_a_folder_needs_no_download_and_a_wrong_name_is_an_error(hub):
     save_file({"a": torch.zeros(2)}, hub.folder / "model.safetensors")
-    backbone.download_model(str(hub.folder))
+    backbone.download_model(ModelSource(str(hub.folder)))
     assert hub.asked == []
     with pytest.raises(ValueError, match="'org/modle': neither a local"):
-        backbone.download_model("org/modle")
+        backbone.download_model(ModelSource("org/modle"))

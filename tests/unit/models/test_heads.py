@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from engine import GKDConfig
+from engine.config.source import ModelSource
 from engine.data.batch import Sample, pack
 from engine.loss.divergence import DivergenceSpec, dense_divergence
 from engine.loss.head import HeadShard
@@ -122,7 +122,7 @@ def test_packed_hidden_states_and_head_give_the_models_own_logits_and_loss(name,
 def test_families_are_usable_and_decode_what_they_score(name):
     """On `meta` as on the model itself; rows of different lengths, left-padded, continue as each does alone."""
     config, attention = (CONFIGS | MULTIMODAL)[name], "eager" if name in EAGER | {"gemma2"} else "sdpa"
-    check_usable(build_on_meta(name, config, GKDConfig(attn_implementation=attention)), longest_row=64)
+    check_usable(build_on_meta(ModelSource(name, attention), config), longest_row=64)
     model = tiny(name)
     check_usable(model, longest_row=64)
     check_packing(model, lambda batch: hidden_states(HiddenStates(model), batch), torch.device("cpu"))
@@ -154,8 +154,7 @@ def test_what_cannot_be_right_is_refused_by_name(name):
     config, reason = REFUSED[name]
     eager = name in ("bloom", "gpt_oss", "mamba", "paligemma")
     with pytest.raises(ValueError, match=reason) as caught:
-        settings = GKDConfig(attn_implementation="eager" if eager else "sdpa")
-        check_usable(build_on_meta("x", config, settings), longest_row=64)
+        check_usable(build_on_meta(ModelSource("x", "eager" if eager else "sdpa"), config), longest_row=64)
     assert "\n" not in str(caught.value)
 
 
@@ -247,11 +246,11 @@ def test_quantized_weights_are_refused(tmp_path):
     config.quantization_config = {"quant_method": "fp8"}
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"its weights are quantized \(fp8\)"):
-        read_model_config(str(tmp_path), GKDConfig())
+        read_model_config(ModelSource(str(tmp_path)))
 
 
 def test_gemma2_refuses_attention_without_its_soft_cap(tmp_path):
     CONFIGS["gemma2"].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sdpa cannot do.*flash_attention_2 on a GPU, or eager"):
-        read_model_config(str(tmp_path), GKDConfig())
-    assert read_model_config(str(tmp_path), GKDConfig(attn_implementation="eager")).model_type == "gemma2"
+        read_model_config(ModelSource(str(tmp_path)))
+    assert read_model_config(ModelSource(str(tmp_path), "eager")).model_type == "gemma2"
