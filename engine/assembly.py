@@ -25,7 +25,7 @@ from engine.checkpoint.resumption import Resumption, check_inputs, find_resumpti
 from engine.cluster import hosts
 from engine.cluster.agreement import from_main, together
 from engine.cluster.collectives import build_vocab_groups
-from engine.cluster.startup import init_distributed
+from engine.cluster.startup import init_distributed, set_numerics
 from engine.config import GKDConfig
 from engine.data.encoding import Format
 from engine.data.samples import StepData
@@ -85,6 +85,7 @@ def assemble(config: GKDConfig, inputs: Inputs, train: bool = True, resumes_late
     Raises:
         ValueError: for input that cannot work; see engine/data/README.md, "Bad input".
     """
+    set_numerics(config.use_cpu, config.tf32, config.full_determinism, config.seed)
     device = init_distributed(config.timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check.same_setup(config, writes=train)

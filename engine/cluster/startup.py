@@ -12,6 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from transformers import enable_full_determinism
+from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from engine.cluster import hosts
 from engine.zero import partitions
@@ -52,6 +54,25 @@ def init_distributed(timeout_s: int) -> torch.device:
     return torch.device(
         get_accelerator().device_name(local_rank) if get_accelerator().device_name() != "cpu" else "cpu"
     )
+
+
+def set_numerics(use_cpu: bool, tf32: bool | None, full_determinism: bool, seed: int) -> None:
+    """Device and kernels that a run asks for, in this process.
+
+    Raises:
+        ValueError: where the accelerator is another, or has no TF32.
+    """
+    name = get_accelerator().device_name()
+    if use_cpu and name != "cpu":
+        raise ValueError(
+            f"use_cpu=true, and DeepSpeed has chosen {name} by now: set DS_ACCELERATOR=cpu in the environment"
+        )
+    if tf32 and not is_torch_tf32_available():
+        raise ValueError("tf32=true: this device has no TF32 (an NVIDIA GPU of the Ampere generation or newer has)")
+    if tf32 is not None and is_torch_tf32_available():
+        enable_tf32(tf32)
+    if full_determinism:
+        enable_full_determinism(seed)
 
 
 def _close() -> None:

@@ -126,6 +126,14 @@ def _contradictions() -> Iterator[Rule]:
         lambda c: "dataset_streaming=true: a stream has no length, so set max_steps as well",
     )
     yield Rule(
+        ("gradient_checkpointing_kwargs",),
+        lambda c: not (c.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
+        lambda c: (
+            "gradient_checkpointing_kwargs `use_reentrant`=true: under ZeRO-3 activations are recomputed without "
+            "re-entering autograd: set it to false, or leave it out"
+        ),
+    )
+    yield Rule(
         ("label_smoothing_factor", "sft_weight"),
         lambda c: not c.label_smoothing_factor or c.sft_weight > 0,
         lambda c: (

@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -256,6 +257,10 @@ def check_usable(model: nn.Module, longest_row: int) -> None:
     """
     find_transform(model)
     check_packable(model)
+    if "hf_device_map" in vars(model) and any(param.is_meta for param in model.parameters()):
+        raise unusable(
+            model, "device_map= has offloaded some of its weights: load it without device_map, or give its name"
+        )
     text = model.config.get_text_config()
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk is not None and longest_row > chunk:  # transformers counts chunks from the start of the packed row
@@ -291,6 +296,13 @@ def check_packing(model: nn.Module, score: Callable[[PackedBatch], torch.Tensor]
 def count_parameters(source: ModelSource) -> int:
     """Parameters of a model, from its configuration alone; ValueError where there is none of that name."""
     return build_on_meta(source, read_model_config(source)).num_parameters()
+
+
+def detach_device_map(model: nn.Module) -> None:
+    """Take off what `device_map=` left on a model object; `check_usable` has found its weights to be there."""
+    if "hf_device_map" in vars(model):
+        remove_hook_from_module(model, recurse=True)
+        del model.hf_device_map
 
 
 def switch_dropout_off(model: nn.Module) -> None:

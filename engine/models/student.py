@@ -21,6 +21,7 @@ from engine.models.backbone import (
     HiddenStates,
     check_packing,
     compute_dtype,
+    detach_device_map,
     hidden_states,
     load_causal_lm,
     switch_dropout_off,
@@ -115,6 +116,7 @@ def build_student(
     settings = resolve_deepspeed(
         config, groups.world_size, model.config.get_text_config().hidden_size, is_given=is_given
     )
+    detach_device_map(model)
     model.to(compute_dtype(config))
     head = describe_head(model)
     prepare_gradients(model)
@@ -123,7 +125,9 @@ def build_student(
         switch_dropout_off(model)
     partitions.moe_leaf_modules(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        given = config.gradient_checkpointing_kwargs or {}
+        assert isinstance(given, dict)  # the configuration has read a text
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**given, "use_reentrant": False})
     if given_optimizer is not None:
         check_given(given_optimizer, model)
     optimizer = None if "optimizer" in settings else given_optimizer or build_optimizer(model, config)

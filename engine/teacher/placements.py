@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.config import GKDConfig
 from engine.config.source import teacher_source
-from engine.models.backbone import HiddenStates, check_packing, compute_dtype, load_causal_lm
+from engine.models.backbone import HiddenStates, check_packing, compute_dtype, detach_device_map, load_causal_lm
 from engine.teacher.interface import LocalTeacher
 from engine.teacher.offload import AlternatingTeacher
 from engine.teacher.tensor_parallel import TensorParallelTeacher, build_group
@@ -29,6 +29,7 @@ def build_teacher(config: GKDConfig, model: nn.Module | None, device: torch.devi
     settings = teacher_settings(config) if config.teacher_placement == "zero3" else None
     if model is None:
         model = load_causal_lm(teacher_source(config), compute_dtype(config), settings)
+    detach_device_map(model)
     model.eval().requires_grad_(False)
     model.to(compute_dtype(config))
     teacher = _place(config, model, device, settings)

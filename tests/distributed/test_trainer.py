@@ -6,11 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import dispatch_model
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from engine import GKDConfig, GKDTrainer
+from engine.models.backbone import check_usable
 from tests.library.runs import (
+    assert_same_run,
     checkpoints_in,
     metrics_of,
     train,
@@ -215,3 +219,35 @@ def no_rows(fields: dict) -> str:
 def test_a_formatting_function_that_makes_text_is_refused(ranks, inputs, tmp_path):
     said = ranks(2).run(no_rows, inputs | {"output_dir": str(tmp_path / "run")})
     assert all("has `text` alone, which does not say where a prompt ends" in text for text in said)
+
+
+def train_objects(fields: dict) -> None:
+    """Train objects as notebooks leave them: with a device map, a training mode, and settings to sample with."""
+    names = fields["model_name_or_path"], fields["teacher_model_name_or_path"]
+    student, teacher = (
+        dispatch_model(
+            AutoModelForCausalLM.from_pretrained(name, device_map="cpu").train(), {"": "cpu"}, force_hooks=True
+        )
+        for name in names
+    )
+    assert student.hf_device_map and student._hf_hook
+    student.generation_config.update(do_sample=True, temperature=0.3, top_k=5, max_length=20)
+    tokenizer = AutoTokenizer.from_pretrained(names[0])
+    trainer = GKDTrainer(student, teacher, GKDConfig(**fields), processing_class=tokenizer)
+    trainer.train()
+    trainer.run.student.engine.destroy()
+
+
+def test_objects_with_a_device_map_train_as_names_do(ranks, inputs, tmp_path):
+    by_name, objects = (inputs | {"output_dir": str(tmp_path / name), "lmbda": 0.5, "seed": 3} for name in "ab")
+    ranks(2).run(train, by_name)
+    ranks(2).run(train_objects, objects)
+    assert_same_run(objects, by_name, tolerance=0)
+
+
+def test_offloaded_weights_are_refused_early(inputs):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(inputs["model_name_or_path"]))
+    model.hf_device_map = {"": "disk"}
+    with pytest.raises(ValueError, match="device_map= has offloaded some of its weights"):
+        check_usable(model, 64)

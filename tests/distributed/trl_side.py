@@ -2,11 +2,12 @@
 
     python trl_side.py SETTINGS.json
 
-Prints its losses as JSON on the last line, and leaves the student in the folder that the settings name.
+Leaves the student and `losses.json` in the folder that the settings name.
 """
 
 import json
 import sys
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,4 +25,5 @@ trainer = GKDTrainer(
 trainer.train()
 trainer.save_model(settings["out"])
 if trainer.is_world_process_zero():
-    print(json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    (Path(settings["out"]) / "losses.json").write_text(json.dumps(losses))
