@@ -28,7 +28,7 @@ WITHOUT_A_WORD = frozenset(
     timeout_s prepare_timeout_s do_train do_eval do_predict push_to_hub hub_model_id hub_strategy hub_private_repo
     hub_always_push hub_revision dataset_name dataset_config dataset_train_split dataset_test_split dataset_num_proc
     trust_remote_code attn_implementation per_device_train_batch_size per_device_eval_batch_size
-    gradient_accumulation_steps global_batch_size gradient_checkpointing gradient_checkpointing_kwargs generation_rows
+    gradient_accumulation_steps global_batch_size gradient_checkpointing generation_rows
     generation_placement vocab_parallel_size loss_chunk_bytes compile_loss teacher_placement teacher_tp_size
     teacher_deepspeed teacher_offload deepspeed use_cpu""".split()
 ) | frozenset(options_of(AcceptedFields))

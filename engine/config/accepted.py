@@ -44,6 +44,9 @@ class AcceptedFields:
     use_cache: bool = option(False, "Training has no KV cache, rollouts always have one.")
     activation_offloading: bool = option(False, "It is a matter of memory alone; the DeepSpeed JSON has offload.")
     torch_empty_cache_steps: int | None = option(None, "It is a matter of memory alone, as is `loss_chunk_bytes`.")
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(
+        None, "Activations are always recomputed the non-reentrant way, which gives the same gradients."
+    )
     bf16_full_eval: bool = option(False, "Evaluation computes as training does, see `bf16`.")
     ddp_find_unused_parameters: bool | None = option(None, _NO_DDP)
     ddp_bucket_cap_mb: int | None = option(None, "There is no DDP under ZeRO-3; bucket sizes are the DeepSpeed JSON's.")

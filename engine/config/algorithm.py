@@ -35,10 +35,6 @@ class AlgorithmFields:
         "engine/loss/README.md.",
         choices=("token", "sequence", "trl"),
     )
-    router_aux_loss_coef: float | None = option(
-        None, "Weight of a mixture of experts' load-balancing loss; unset: as the student's configuration says."
-    )
-    neftune_noise_alpha: float | None = option(None, "Scale of NEFTune's noise on the input embeddings; unset: none.")
 
 
 @dataclass(kw_only=True)

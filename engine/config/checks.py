@@ -150,6 +150,14 @@ def _contradictions() -> Iterator[Rule]:
         ),
     )
     yield Rule(
+        ("gradient_checkpointing_kwargs",),
+        lambda c: (c.gradient_checkpointing_kwargs or {}).keys() <= {"use_reentrant"},
+        lambda c: (
+            f"gradient_checkpointing_kwargs={c.gradient_checkpointing_kwargs!r}: use_reentrant alone is allowed, and "
+            "changes nothing"
+        ),
+    )
+    yield Rule(
         ("dataset_kwargs",),
         lambda c: not _unknown_dataset_kwargs(c),
         lambda c: (

@@ -47,9 +47,6 @@ class TrainingFields:
         None, "Whether fp32 products may use TF32 on the tensor cores; unset: PyTorch's own way."
     )
     gradient_checkpointing: OrDefault[bool] = option(True, "Recompute activations in the backward pass to save memory.")
-    gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(
-        None, "Arguments of torch.utils.checkpoint, such as use_reentrant; JSON or a dict."
-    )
     deepspeed: dict[str, Any] | PathText | None = option(
         None, "DeepSpeed JSON (path, dict, text); unset: ZeRO-3 without offload."
     )

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import enum
 import importlib.util
+import re
 import types
 import typing
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import TrainingArguments
 from engine.config import GKDConfig, config_from_dict
 from engine.config.accepted import AcceptedFields
 from engine.config.options import options_of
+from engine.config.pages import own_sections
 from engine.config.refused import HARMLESS, RefusedFields
 from engine.config.renamed import RENAMED, RenamedFields
 from engine.config.trl import MAPPED, SAME, treatments, trl_table
@@ -140,9 +142,11 @@ def test_an_object_is_refused_with_the_sentence():
 
 
 def test_what_is_accepted_is_told_in_one_line():
-    options = {name: option for name, option in options_of(AcceptedFields).items() if name != "dataset_kwargs"}
+    options = {name: option for name, option in options_of(AcceptedFields).items() if not name.endswith("_kwargs")}
     given = {name: another_value(option) for name, option in options.items()}
-    sentence = GKDConfig(**given, dataset_kwargs={"skip_prepare_dataset": True}).accepted_sentence
+    sentence = GKDConfig(
+        **given, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing_kwargs={"use_reentrant": False}
+    ).accepted_sentence
     assert "\n" not in sentence
     for name, option in options_of(AcceptedFields).items():
         assert f"{name} ({option.text[:-1]})" in sentence
@@ -207,6 +211,11 @@ def test_an_organization_is_the_first_part_of_the_name(fields, expected):
     assert GKDConfig(**fields).hub_model_id == expected
 
 
+def test_arguments_of_recomputation_that_would_be_passed_over():
+    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs=.*use_reentrant alone is allowed"):
+        GKDConfig(gradient_checkpointing_kwargs={"preserve_rng_state": False})
+
+
 def test_arguments_of_a_dataset_that_would_be_passed_over():
     GKDConfig(dataset_kwargs={"add_special_tokens": False, "append_concat_token": False})
     with pytest.raises(ValueError, match="dataset_kwargs=.*: add_special_tokens has no meaning here"):
@@ -217,3 +226,15 @@ def test_a_token_is_neither_shown_nor_saved():
     config = GKDConfig(hub_token="secret")
     assert "secret" not in f"{config!r}{config.to_dict()}{config.to_json_string()}"
     assert dataclasses.replace(config).hub_token == "secret"
+
+
+# Asked by scripts alone, by transformers' TrainerState and its flow; `completion_only_loss` is checked, and no more.
+NOT_READ = {"do_train", "do_predict", "eval_steps", "logging_steps", "logging_first_step", "completion_only_loss"}
+
+
+def test_no_field_is_without_effect():
+    """Each option that is not accepted, refused or another name is read somewhere beside its check."""
+    files = (path for path in (ROOT / "engine").rglob("*.py") if path.name != "checks.py")
+    text = "\n".join(path.read_text() for path in files)
+    names = {option.name for options in own_sections().values() for option in options}
+    assert {name for name in names - NOT_READ if not re.search(rf"\.{name}\b|, \"{name}\"\)", text)} == set()
