@@ -196,9 +196,9 @@ class Loop:
             with tracker.time("teacher"):
                 signal = next(signals)
             with tracker.time("student"):
-                student_NH = run.student.hidden(batch)
+                student_NH = run.student.hidden(batch, state.step)
             with tracker.time("loss"):
-                loss = loss_step(student_NH, signal, micro)
+                loss = loss_step(student_NH, signal, micro, run.student.router_loss(len(batches)))
             with tracker.time("backward"):
                 run.student.backward(loss, is_last=micro + 1 == len(batches))
         with tracker.time("idle"):

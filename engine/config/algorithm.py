@@ -35,6 +35,10 @@ class AlgorithmFields:
         "engine/loss/README.md.",
         choices=("token", "sequence", "trl"),
     )
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of the load-balancing loss of a student with experts; unset: none."
+    )
+    neftune_noise_alpha: float | None = option(None, "Scale of NEFTune's noise on the input embeddings; unset: none.")
 
 
 @dataclass(kw_only=True)

@@ -68,6 +68,8 @@ def _ranges() -> Iterator[Rule]:
         yield _must(name, is_positive(name), "positive")
     for name in POSITIVE_OR_UNSET:
         yield _must(name, is_positive(name), "positive, or unset")
+    for name in ("neftune_noise_alpha", "router_aux_loss_coef"):
+        yield _must(name, lambda c, name=name: (getattr(c, name) or 0) >= 0, "0 or more, or unset")  # type: ignore[misc]
     for name in NOT_NEGATIVE:
         yield _must(name, lambda c, name=name: getattr(c, name) >= 0, "0 or more")  # type: ignore[misc]
     for name in STEPS:
@@ -153,8 +155,8 @@ def _contradictions() -> Iterator[Rule]:
         ("gradient_checkpointing_kwargs",),
         lambda c: (c.gradient_checkpointing_kwargs or {}).keys() <= {"use_reentrant"},
         lambda c: (
-            f"gradient_checkpointing_kwargs={c.gradient_checkpointing_kwargs!r}: use_reentrant alone is allowed, and "
-            "changes nothing"
+            f"gradient_checkpointing_kwargs={c.gradient_checkpointing_kwargs!r}: use_reentrant=false alone is allowed, "
+            "and is so anyhow"
         ),
     )
     yield Rule(

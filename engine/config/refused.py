@@ -49,10 +49,6 @@ class RefusedFields:
     ignore_data_skip: bool = option(
         False, "A resumed run goes on in its rows: use `allow_data_change` to begin the data anew."
     )
-    neftune_noise_alpha: float | None = option(None, "Noise on the embeddings is not built in: remove it.")
-    router_aux_loss_coef: float | None = option(
-        None, "A mixture of experts' load-balancing loss is not built in: remove it, or set 0."
-    )
     label_names: list[str] | None = option(
         None, "What is learnt follows from the columns: rename yours as engine/data/README.md says."
     )

@@ -19,12 +19,12 @@ from engine.config.renamed import RenamedFields
 SAME = frozenset(
     """output_dir per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs
     max_steps learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_kwargs
-    warmup_steps tf32 gradient_checkpointing logging_strategy
+    warmup_steps tf32 gradient_checkpointing neftune_noise_alpha logging_strategy
     logging_steps logging_first_step run_name eval_steps eval_delay eval_on_start save_only_model save_strategy
     save_steps save_total_limit load_best_model_at_end greater_is_better restore_callback_states_from_checkpoint
     full_determinism seed data_seed use_cpu
     do_train do_eval do_predict log_level log_level_replica push_to_hub hub_token hub_private_repo hub_model_id
-    hub_always_push hub_revision trust_remote_code dataset_text_field chat_template_path
+    hub_always_push hub_revision trust_remote_code router_aux_loss_coef dataset_text_field chat_template_path
     eos_token lmbda beta max_new_tokens disable_dropout seq_kd""".split()
 )
 MAPPED: Mapping[str, str] = MappingProxyType(

@@ -51,6 +51,7 @@ class PackedBatch:
     Attributes:
         num_sequences: B.
         num_references: response tokens of the dataset's answers, also where others have taken their place.
+        index_B, length_B: `index` and number of tokens of each sample, on the host.
         input_ids_T, position_ids_T: int64 [T].
         predictor_N: int64 [N], packed positions whose hidden state predicts a response token.
         target_ids_N: int64 [N], the response tokens.
@@ -60,6 +61,8 @@ class PackedBatch:
 
     num_sequences: int
     num_references: int
+    index_B: tuple[int, ...]
+    length_B: tuple[int, ...]
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
     predictor_N: torch.Tensor
@@ -92,6 +95,6 @@ def pack(samples: list[Sample], device: torch.device | str) -> PackedBatch:
         sequences += [row] * len(response)
         offsets += range(len(response))
     references = [s.num_response_tokens if s.num_references is None else s.num_references for s in samples]
-    return PackedBatch(
-        len(samples), sum(references), *(torch.tensor(c, dtype=torch.long, device=device) for c in columns)
-    )
+    tensors = (torch.tensor(column, dtype=torch.long, device=device) for column in columns)
+    index_B, length_B = tuple(s.index for s in samples), tuple(len(s.input_ids) for s in samples)
+    return PackedBatch(len(samples), sum(references), index_B, length_B, *tensors)

@@ -91,8 +91,13 @@ class LossStep:
         self.values: list[TokenValues] = []
         self._sums = ValueSums(objective.device)
 
-    def __call__(self, student_NH: torch.Tensor, signal: Signal, micro: int) -> torch.Tensor:
-        """This rank's part of the step's loss, from micro-batch `micro`. All ranks of the token group must call."""
+    def __call__(
+        self, student_NH: torch.Tensor, signal: Signal, micro: int, extra: torch.Tensor | float = 0.0
+    ) -> torch.Tensor:
+        """This rank's part of the step's loss, from micro-batch `micro`. All ranks of the token group must call.
+
+        `extra` is a part of it that is none of the tokens'.
+        """
         batch, head, stream = self.batches[micro], self.objective.student_head, self.objective.stream
         assert head.shard is not None  # `open_step` has collected it
         longest = int(self.counts.per_batch[list(head.groups.group_ranks), micro].max())
@@ -100,6 +105,7 @@ class LossStep:
         loss, values = vocab_parallel_divergence(
             student_NH, signal, head.shard, batch.target_ids_N, weight_N, longest, self.spec, stream
         )
+        loss = loss + extra
         self._sums.add(batch, values, loss)
         self.values.append(values)
         return loss

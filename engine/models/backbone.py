@@ -31,6 +31,7 @@ from engine.cluster.agreement import raise_together
 from engine.config import GKDConfig
 from engine.config.source import ModelSource
 from engine.data.batch import PackedBatch, Sample, pack
+from engine.models.regularizers import RouterBalance
 from engine.models.shards import load_partitioned
 from engine.models.structure import check_packable, find_transform, is_composite, position_rows, text_backbone, unusable
 from engine.models.weights import check_complete, check_files
@@ -53,12 +54,18 @@ class HiddenStates(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.position_rows = position_rows(causal_lm.config)
+        self.balance: RouterBalance | None = None
 
     def forward(
         self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, positions_N: torch.Tensor
     ) -> torch.Tensor:
         inputs = packed_inputs(input_ids_T, position_ids_T, self.position_rows)
-        return text_backbone(self.causal_lm)(**inputs).last_hidden_state[0].index_select(0, positions_N)
+        if self.balance is not None and self.training:
+            outputs = text_backbone(self.causal_lm)(**inputs, output_router_logits=True)
+            self.balance.logits = outputs.router_logits
+        else:
+            outputs = text_backbone(self.causal_lm)(**inputs)
+        return outputs.last_hidden_state[0].index_select(0, positions_N)
 
 
 def packed_inputs(input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, position_rows: int) -> dict[str, Any]:

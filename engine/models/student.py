@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from engine.models.backbone import (
     switch_dropout_off,
 )
 from engine.models.optimizer import build_optimizer, check_given, parameter_groups
+from engine.models.regularizers import EmbeddingNoise, RouterBalance
 from engine.models.schedule import MetricSchedule, build_schedule, given_schedule
 from engine.models.structure import describe_head, freeze_unused
 from engine.zero import partitions
@@ -42,10 +43,18 @@ class Student:
     model: nn.Module
     engine: deepspeed.DeepSpeedEngine
     head: StudentHead
+    noise: EmbeddingNoise | None = None
+    balance: RouterBalance | None = None
 
-    def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """Hidden states that predict the response tokens, [N, H]."""
-        return hidden_states(self.engine, batch)
+    def hidden(self, batch: PackedBatch, step: int | None = None) -> torch.Tensor:
+        """Hidden states that predict the response tokens, [N, H]; those to train on at a step, where one is given."""
+        with self.noise.over(batch, step) if self.noise is not None and step is not None else nullcontext():
+            return hidden_states(self.engine, batch)
+
+    def router_loss(self, num_batches: int) -> torch.Tensor | float:
+        """This rank's part of the experts' balance in the last forward, where that is asked for: a mean over the ranks
+        and their `num_batches` micro-batches."""
+        return 0.0 if self.balance is None else self.balance.loss() / (num_batches * self.head.groups.world_size)
 
     def open_step(self, train: bool) -> HeadShard:
         """Switch the mode and collect this rank's head rows as the weights stand."""
@@ -125,9 +134,7 @@ def build_student(
         switch_dropout_off(model)
     partitions.moe_leaf_modules(model)
     if config.gradient_checkpointing:
-        given = config.gradient_checkpointing_kwargs or {}
-        assert isinstance(given, dict)  # the configuration has read a text
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**given, "use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if given_optimizer is not None:
         check_given(given_optimizer, model)
     optimizer = None if "optimizer" in settings else given_optimizer or build_optimizer(model, config)
@@ -137,14 +144,19 @@ def build_student(
             return given_schedule(schedule, basic_optimizer, config)
         return build_schedule(basic_optimizer, config, num_steps)
 
+    noise, balance, module = None, None, HiddenStates(model)
+    if config.neftune_noise_alpha:
+        noise = EmbeddingNoise(model.get_input_embeddings(), config.neftune_noise_alpha, config.seed)
+    if config.router_aux_loss_coef:
+        module.balance = balance = RouterBalance(model, config.router_aux_loss_coef)
     engine, *_ = deepspeed.initialize(
-        model=HiddenStates(model),
+        model=module,
         optimizer=optimizer,
         model_parameters=parameter_groups(model, config.weight_decay) if optimizer is None else None,
         lr_scheduler=make_schedule,
         config=settings,
     )
-    student = Student(model, engine, StudentHead(head, groups, shared_vocab_size, engine.device))
+    student = Student(model, engine, StudentHead(head, groups, shared_vocab_size, engine.device), noise, balance)
     engine.eval()
     check_packing(model, student.hidden, engine.device)
     return student
