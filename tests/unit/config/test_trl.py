@@ -212,7 +212,7 @@ def test_an_organization_is_the_first_part_of_the_name(fields, expected):
 
 
 def test_arguments_of_recomputation_that_would_be_passed_over():
-    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs=.*use_reentrant alone is allowed"):
+    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs=.*use_reentrant=false alone is allowed"):
         GKDConfig(gradient_checkpointing_kwargs={"preserve_rng_state": False})
 
 
