@@ -86,8 +86,10 @@ class Callbacks:
 
     def __init__(self, callbacks: Iterable[Any], run: Run) -> None:
         self.args, engine = run.config, run.student.engine
-        assert run.data is not None
-        self._step_rows, self._epoch_rows = run.data.global_batch, run.data.num_rows if run.data.has_length else None
+        self._step_rows = self.args.global_batch(run.world_size)
+        self._epoch_rows: int | None = None
+        if run.data is not None and run.data.has_length:
+            self._epoch_rows = run.data.num_rows
         self._in_epoch = False
         self._folder = run.checkpoints.folder
         self.progress = TrainState()  # until `train_begin`

@@ -29,7 +29,8 @@ class GKDTrainer(Scripting):
         args: the configuration.
         data_collator: refused; rows are packed by the engine.
         train_dataset, eval_dataset: datasets with `messages`, `prompt`/`completion`, `prompt`, or
-            `input_ids`/`labels` columns; by default the one that `args` names.
+            `input_ids`/`labels` columns; by default the one that `args` names. Without rows to train on, the trainer
+            evaluates alone.
         processing_class, tokenizer: the student's tokenizer (or processor); two names for one argument.
         compute_metrics, preprocess_logits_for_metrics: refused; no rank ever has logits.
         callbacks: `transformers.TrainerCallback`s, or classes of them. A wish on one rank (`control.should_save`,
@@ -87,7 +88,8 @@ class GKDTrainer(Scripting):
             model, teacher_model, processing_class if processing_class is not None else tokenizer, train_dataset,
             eval_dataset, teacher_processing_class, formatting_func, *optimizers,
         )  # fmt: skip
-        self.run = assemble(config, inputs, resumes_later=resumes_later)
+        trains = train_dataset is not None or config.dataset_name is not None
+        self.run = assemble(config, inputs, trains, resumes_later)
         self.config = self.run.config  # with the global batch of the checkpoint
         self.loop = Loop(self.run, callbacks)
         self.callbacks, self.publication = self.loop.callbacks, self.loop.publication
@@ -111,8 +113,11 @@ class GKDTrainer(Scripting):
         it is not given, that of `args` counts. Returns the last step, the mean loss, and how fast it was.
 
         Raises:
-            ValueError: where there is no such checkpoint, or the folder holds a run that nothing was said about.
+            ValueError: where there is no such checkpoint, the folder holds a run that nothing was said about, or there
+                are no rows to train on.
         """
+        if self.run.data is None:
+            raise ValueError("train: there are no rows to train on: pass train_dataset= to the trainer")
         if self.loop.has_begun:
             raise ValueError(
                 "train() was called before: a trainer trains once. Build another one to go on from its model"

@@ -251,3 +251,26 @@ def test_offloaded_weights_are_refused_early(inputs):
     model.hf_device_map = {"": "disk"}
     with pytest.raises(ValueError, match="device_map= has offloaded some of its weights"):
         check_usable(model, 64)
+
+
+def evaluate_without_training_rows(fields: dict, test: list[dict]) -> dict:
+    trainer = GKDTrainer(args=GKDConfig(**fields | {"dataset_name": None}), eval_dataset=test)
+    metrics = trainer.evaluate()
+    with pytest.raises(ValueError, match="train: there are no rows to train on"):
+        trainer.train()
+    trainer.run.student.engine.destroy()
+    return metrics
+
+
+def test_a_trainer_without_training_rows_evaluates(ranks, inputs, whole, tmp_path):
+    """In a folder that holds a run, too: nothing is written there. At the start the student is the run's."""
+    test = rows("a", "yes yes")
+    folder = whole[0]["output_dir"]
+    before = sorted(path.name for path in Path(folder).iterdir())
+    found = ranks(2).run(evaluate_without_training_rows, inputs | {"output_dir": folder}, test)
+    assert found[0]["eval_loss"] == found[1]["eval_loss"] > 0
+    assert sorted(path.name for path in Path(folder).iterdir()) == before
+    fields = inputs | {"output_dir": str(tmp_path / "run")}
+    sets = [test, {"long": test}]
+    both = ranks(2).run(evaluate, fields, sets)[0]["results"]
+    assert found[0]["eval_loss"] == both[1]["test_loss"]
