@@ -24,8 +24,8 @@ def spoil(trainer: GKDTrainer, kind: str, steps: list[int], rank: int) -> None:
                 signal = dataclasses.replace(signal, hidden_NH=signal.hidden_NH * torch.nan)
             yield signal
 
-    def spoilt_hidden(batch):
-        student_NH = hidden(batch)
+    def spoilt_hidden(batch, step=None):
+        student_NH = hidden(batch, step)
         if is_bad and kind == "gradient":
             student_NH.register_hook(lambda grad: grad * torch.inf)
         return student_NH
