@@ -11,7 +11,8 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import enable_full_determinism
 from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
@@ -60,13 +61,15 @@ def set_numerics(use_cpu: bool, tf32: bool | None, full_determinism: bool, seed:
     """Device and kernels that a run asks for, in this process.
 
     Raises:
-        ValueError: where the accelerator is another, or has no TF32.
+        ValueError: where ranks have met on another accelerator by now, or it has no TF32.
     """
     name = get_accelerator().device_name()
     if use_cpu and name != "cpu":
-        raise ValueError(
-            f"use_cpu=true, and DeepSpeed has chosen {name} by now: set DS_ACCELERATOR=cpu in the environment"
-        )
+        if dist.is_initialized():
+            raise ValueError(
+                f"use_cpu=true, and this process is in a group on {name}: set DS_ACCELERATOR=cpu in the environment"
+            )
+        set_accelerator(CPU_Accelerator())  # deepspeed chose another when it was imported
     if tf32 and not is_torch_tf32_available():
         raise ValueError("tf32=true: this device has no TF32 (an NVIDIA GPU of the Ampere generation or newer has)")
     if tf32 is not None and is_torch_tf32_available():

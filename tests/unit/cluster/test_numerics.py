@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from engine.cluster.startup import set_numerics
 from engine.config import GKDConfig
+from tests.library.launch import run
 
 
 def test_a_cpu_is_a_cpu_and_has_no_tf32():
@@ -16,14 +19,19 @@ def test_a_cpu_is_a_cpu_and_has_no_tf32():
         set_numerics(use_cpu=False, tf32=True, full_determinism=False, seed=1)
 
 
-def test_another_accelerator_is_named(monkeypatch):
-    class Other:
-        def device_name(self) -> str:
-            return "cuda"
+ON_CPU = """
+import engine.trainer
+from deepspeed.accelerator import get_accelerator
+from engine.cluster.startup import init_distributed, set_numerics
+assert get_accelerator().device_name() == "cuda"
+set_numerics(use_cpu=True, tf32=None, full_determinism=False, seed=1)
+print(init_distributed(60), get_accelerator().device_name())
+"""
 
-    monkeypatch.setattr("engine.cluster.startup.get_accelerator", Other)
-    with pytest.raises(ValueError, match="use_cpu=true, and DeepSpeed has chosen cuda.*DS_ACCELERATOR=cpu"):
-        set_numerics(use_cpu=True, tf32=None, full_determinism=False, seed=1)
+
+def test_a_script_trains_on_cpu_where_deepspeed_has_chosen_a_gpu():
+    done = run([sys.executable, "-c", ON_CPU], DS_ACCELERATOR="cuda")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "cpu cpu", done.stdout
 
 
 def test_full_determinism_is_torchs(monkeypatch):
