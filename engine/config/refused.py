@@ -80,6 +80,7 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "loss_type": ("chunked_nll",),  # its memory, which the loss never needs
         "train_sampling_strategy": ("group_by_length",),  # its padding, which there is not
+        "label_names": (["labels"],),  # the column that is read
         "past_index": (-1,),
         "trackio_space_id": ("trackio",),  # the default of transformers 4.57
     }
