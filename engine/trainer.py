@@ -122,6 +122,11 @@ class GKDTrainer(Scripting):
             raise ValueError(
                 "train() was called before: a trainer trains once. Build another one to go on from its model"
             )
+        if resume_from_checkpoint is False and self.config.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"train(resume_from_checkpoint=False), and args resume from {self.config.resume_from_checkpoint!r}: "
+                "leave one of them out"
+            )
         if resume_from_checkpoint:
             resume(self.run, resume_from_checkpoint)
         elif self.run.problem is not None:

@@ -35,13 +35,12 @@ class MetricSchedule:
 
     def __init__(self, inner: Any, metric: str | None) -> None:
         """`metric` as `metric_for_best_model`: `loss` is the held-out divergence."""
-        name = (metric or "loss").removeprefix("eval_").removeprefix("eval/")
-        self.inner, self.metric = inner, "eval/" + ("divergence" if name == "loss" else name)
+        self.inner, self.metric = inner, "eval_" + (metric or "loss").removeprefix("eval_")
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Metrics of an evaluation. ValueError where the one that counts is not among them."""
+        """Metrics of an evaluation by the names that scripts read. ValueError where the one that counts is missing."""
         if self.metric not in metrics:
-            known = ", ".join(sorted(name.removeprefix("eval/") for name in metrics))
+            known = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
             raise ValueError(f"metric_for_best_model: the schedule goes by {self.metric}, and there are {known}")
         self.inner.step(metrics[self.metric])
 
@@ -88,7 +87,8 @@ def build_schedule(optimizer: Optimizer, config: GKDConfig, num_steps: int) -> S
 def check_schedule(config: GKDConfig) -> None:
     """Build the schedule once, on nothing, before a model loads. ValueError as `build_schedule`."""
     nothing = SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
-    build_schedule(nothing, config, max(config.max_steps, 10))
+    longer_than_warmup = int(2 * config.warmup_steps) + 10
+    build_schedule(nothing, config, config.max_steps if config.max_steps > 0 else longer_than_warmup)
 
 
 def given_schedule(given: Any, optimizer: Optimizer, config: GKDConfig) -> Schedule:

@@ -274,3 +274,9 @@ def test_a_trainer_without_training_rows_evaluates(ranks, inputs, whole, tmp_pat
     sets = [test, {"long": test}]
     both = ranks(2).run(evaluate, fields, sets)[0]["results"]
     assert found[0]["eval_loss"] == both[1]["test_loss"]
+
+
+def test_a_fresh_start_contradicts_a_configuration_that_resumes(ranks, inputs, copy):
+    fields = inputs | {"output_dir": str(copy), "resume_from_checkpoint": "auto"}
+    said = ranks(2).run(refused, fields, False)
+    assert all("train(resume_from_checkpoint=False), and args resume from 'auto'" in text for text in said)

@@ -227,11 +227,11 @@ def test_a_schedule_by_metric_moves_with_evaluations_alone():
     found = []
     for loss in (3.0, 2.0, 2.5, 1.0):
         schedule.step()
-        schedule.observe({"eval/divergence": loss})
+        schedule.observe({"eval_loss": loss})
         found.append(schedule.get_last_lr())
     assert found == [[1.0], [1.0], [0.5], [0.5]]
-    with pytest.raises(ValueError, match="goes by eval/divergence, and there are perplexity"):
-        schedule.observe({"eval/perplexity": 1.0})
+    with pytest.raises(ValueError, match="goes by eval_loss, and there are eval_perplexity"):
+        schedule.observe({"eval_perplexity": 1.0})
 
 
 def test_schedules_that_are_handed_over():
@@ -247,3 +247,20 @@ def test_schedules_that_are_handed_over():
         given_schedule(own, new(), config)
     with pytest.raises(ValueError, match="str is no schedule"):
         given_schedule("cosine", optimizer, config)
+
+
+@pytest.mark.parametrize("name", ["polynomial", "linear", "cosine"])
+def test_a_warm_up_of_any_length_passes_the_check(name):
+    check_schedule(GKDConfig(lr_scheduler_type=name, warmup_steps=10))
+
+
+def test_a_schedule_goes_by_the_metric_of_one_of_several_sets():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    config = GKDConfig(
+        lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"patience": 0}, eval_strategy="steps",
+        eval_steps=1, metric_for_best_model="eval_a_loss",
+    )  # fmt: skip
+    schedule = build_schedule(optimizer, config, 10)
+    for loss in (1.0, 2.0):
+        schedule.observe({"eval_a_loss": loss, "eval_b_loss": 0.0})
+    assert schedule.get_last_lr() == [0.1]
