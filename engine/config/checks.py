@@ -92,6 +92,7 @@ def _ranges() -> Iterator[Rule]:
 
 
 def _contradictions() -> Iterator[Rule]:
+    """Fields that say opposite things."""
     yield Rule(
         ("seq_kd", "teacher_placement"),
         lambda c: not (c.seq_kd and c.teacher_placement == "tensor_parallel"),
@@ -107,14 +108,6 @@ def _contradictions() -> Iterator[Rule]:
         ),
     )
     yield Rule(
-        ("chat_template_kwargs",),
-        lambda c: not RESERVED_TEMPLATE_KWARGS & set(c.chat_template_kwargs),
-        lambda c: (
-            f"chat_template_kwargs has `{min(RESERVED_TEMPLATE_KWARGS & set(c.chat_template_kwargs))}`, "
-            "which the engine sets itself"
-        ),
-    )
-    yield Rule(
         ("overwrite_output_dir", "resume_from_checkpoint"),
         lambda c: not c.overwrite_output_dir or c.resume_from_checkpoint is None,
         lambda c: (
@@ -126,14 +119,6 @@ def _contradictions() -> Iterator[Rule]:
         ("dataset_streaming", "max_steps"),
         lambda c: not c.dataset_streaming or c.max_steps >= 0,
         lambda c: "dataset_streaming=true: a stream has no length, so set max_steps as well",
-    )
-    yield Rule(
-        ("gradient_checkpointing_kwargs",),
-        lambda c: not (c.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
-        lambda c: (
-            "gradient_checkpointing_kwargs `use_reentrant`=true: under ZeRO-3 activations are recomputed without "
-            "re-entering autograd: set it to false, or leave it out"
-        ),
     )
     yield Rule(
         ("label_smoothing_factor", "sft_weight"),
@@ -152,11 +137,28 @@ def _contradictions() -> Iterator[Rule]:
         ),
     )
     yield Rule(
+        ("lr_scheduler_type", "eval_strategy"),
+        lambda c: c.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy") or c.eval_strategy != "no",
+        lambda c: f"lr_scheduler_type={c.lr_scheduler_type} goes by evaluations: set eval_strategy to steps or epoch",
+    )
+
+
+def _arguments() -> Iterator[Rule]:
+    """Arguments for others, of which each is used or refused."""
+    yield Rule(
+        ("chat_template_kwargs",),
+        lambda c: not RESERVED_TEMPLATE_KWARGS & set(c.chat_template_kwargs),
+        lambda c: (
+            f"chat_template_kwargs has `{min(RESERVED_TEMPLATE_KWARGS & set(c.chat_template_kwargs))}`, "
+            "which the engine sets itself"
+        ),
+    )
+    yield Rule(
         ("gradient_checkpointing_kwargs",),
-        lambda c: (c.gradient_checkpointing_kwargs or {}).keys() <= {"use_reentrant"},
+        lambda c: c.gradient_checkpointing_kwargs in (None, {}, {"use_reentrant": False}),
         lambda c: (
             f"gradient_checkpointing_kwargs={c.gradient_checkpointing_kwargs!r}: use_reentrant=false alone is allowed, "
-            "and is so anyhow"
+            "and is so anyhow: under ZeRO-3 activations are recomputed without re-entering autograd"
         ),
     )
     yield Rule(
@@ -177,11 +179,6 @@ def _contradictions() -> Iterator[Rule]:
         ("optim", "optim_args"),
         lambda c: optimizer_problem(c.optim, c.optim_args) is None,
         lambda c: str(optimizer_problem(c.optim, c.optim_args)),
-    )
-    yield Rule(
-        ("lr_scheduler_type", "eval_strategy"),
-        lambda c: c.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy") or c.eval_strategy != "no",
-        lambda c: f"lr_scheduler_type={c.lr_scheduler_type} goes by evaluations: set eval_strategy to steps or epoch",
     )
 
 
@@ -240,7 +237,7 @@ def _unknown_dataset_kwargs(config: Any) -> list[str]:
     return [key for key, value in given.items() if key not in DATASET_KWARGS and (key != "add_special_tokens" or value)]
 
 
-RULES = (*_ranges(), *_contradictions(), *_best_model())
+RULES = (*_ranges(), *_contradictions(), *_arguments(), *_best_model())
 
 
 def broken_rules(config: Any, unreadable: set[str]) -> list[str]:
