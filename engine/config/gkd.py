@@ -137,6 +137,8 @@ class GKDConfig(
             value = getattr(self, name)
             if name not in unreadable and isinstance(value, float) and value.is_integer():
                 setattr(self, name, int(value))
+        if self.save_total_limit == 0:  # no limit, in transformers
+            self.save_total_limit = None
         if isinstance(self.eval_strategy, UnsetStrategy):
             self.eval_strategy = UnsetStrategy("no" if self.eval_steps is None else "steps")
         elif self.eval_strategy == "steps" and self.eval_steps is None:

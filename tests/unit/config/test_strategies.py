@@ -102,3 +102,9 @@ def test_more_of_a_metric_is_better_unless_it_is_a_loss():
     with pytest.raises(ValueError, match="mean_length.*set greater_is_better"):
         GKDConfig(metric_for_best_model="mean_length")
     assert GKDConfig().metric_for_best_model is GKDConfig().greater_is_better is None
+
+
+def test_a_limit_of_no_checkpoints_is_none():
+    assert GKDConfig(save_total_limit=0).save_total_limit is None
+    with pytest.raises(ValueError, match="save_total_limit=-1"):
+        GKDConfig(save_total_limit=-1)
